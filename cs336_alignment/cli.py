@@ -1,0 +1,263 @@
+"""The verbs: `python -m cs336_alignment VERB ...`, which is what `course.py VERB ...` runs.
+
+A verb parses its options, imports what it needs only then (torch takes a second, transformers three) and calls
+one function of the package. Nothing is computed here.
+"""
+
+import os
+import subprocess
+import sys
+import traceback
+from enum import StrEnum
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+PACKAGE = Path(__file__).resolve().parent
+USER_ERROR = 2  # exit code for something the user can put right
+
+app = typer.Typer(
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    help="The course's verbs. `--debug` anywhere shows the whole traceback of an error.",
+)
+world_app = typer.Typer(no_args_is_help=True, help="Look at the embedded world, or retrain its base model.")
+app.add_typer(world_app, name="world")
+
+
+class Profile(StrEnum):
+    full = "full"
+    test = "test"
+
+
+class Stage(StrEnum):
+    sft = "sft"
+    reward = "reward"
+    dpo = "dpo"
+
+
+class Format(StrEnum):
+    auto = "auto"
+    alpaca = "alpaca"
+    flan = "flan"
+    oasst = "oasst"
+    preference = "preference"
+
+
+def course_root() -> Path:
+    """The checkout that holds the package; the current folder where the package is installed without one."""
+    return PACKAGE.parent if (PACKAGE.parent / "pyproject.toml").exists() else Path.cwd()
+
+
+def use_threads(threads: int | None) -> None:
+    """Limit torch to so many threads; None leaves torch's own choice (one for each core)."""
+    if threads is not None:
+        import torch
+
+        torch.set_num_threads(threads)
+
+
+Seed = Annotated[int, typer.Option(help="Seed of everything random: one seed, one result.")]
+Device = Annotated[str, typer.Option(help="auto (a GPU where there is one), cpu, cuda, mps.")]
+Threads = Annotated[
+    int | None, typer.Option(min=1, help="CPU threads for torch; default: one for each core.")
+]
+Model = Annotated[
+    str | None,
+    typer.Option(metavar="PATH_OR_HUB_ID", help="A causal language model instead of the built-in one."),
+]
+
+
+@app.command()
+def demo(
+    seed: Seed = 0,
+    device: Device = "auto",
+    model: Model = None,
+    out: Annotated[
+        Path | None, typer.Option(help="Where results go; default: runs/demo in the checkout.")
+    ] = None,
+    fresh: Annotated[
+        bool, typer.Option("--fresh", help="Train every stage again, whatever is cached in --out.")
+    ] = False,
+    from_scratch: Annotated[
+        bool,
+        typer.Option("--from-scratch", help="Also train the base model and compare it with the shipped one."),
+    ] = False,
+    profile: Annotated[Profile, typer.Option(help="test is small and quick, for checking that it runs.")] = (
+        Profile.full
+    ),
+    threads: Threads = None,
+) -> None:
+    """The whole story: base, SFT, reward model, PPO and DPO, with a table and an HTML report at the end."""
+    from cs336_alignment.pipeline import run_demo
+
+    use_threads(threads)
+    if out is None:
+        out = course_root() / "runs" / ("demo" if profile is Profile.full else "demo-test")
+    run_demo(
+        seed=seed,
+        device=device,
+        model=model,
+        out=out,
+        fresh=fresh,
+        from_scratch=from_scratch,
+        profile=profile.value,
+    )
+
+
+def pytest_command(extra: list[str], full: bool, cores: int) -> list[str]:
+    """The command of `test`: two workers (one on a single core), all of tests/ unless a path is given."""
+    command = [sys.executable, "-m", "pytest", "-q", "-rfEs" if full else "-rfE"]
+    if not any(word.startswith("-n") or word == "--pdb" for word in extra):
+        command += ["-n", str(max(1, min(2, cores)))]
+    if full:
+        command.append("--full")
+    return command + extra
+
+
+@app.command(context_settings={"allow_extra_args": True, "ignore_unknown_options": True})
+def test(
+    context: typer.Context,
+    full: Annotated[bool, typer.Option("--full", help="Run the slow tests too.")] = False,
+) -> None:
+    """Run the tests; what follows is handed to pytest (`test -k dpo`, `test tests/test_ppo.py`)."""
+    root = course_root()
+    if not (root / "tests").is_dir():
+        raise FileNotFoundError(
+            f"there is no folder of tests in {root}: they come with the checkout of the course"
+        )
+    # One thread for each worker: two workers with two threads each are slower on two cores, not faster.
+    environment = {"OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1", **os.environ}
+    command = pytest_command(context.args, full, os.cpu_count() or 1)
+    raise typer.Exit(subprocess.call(command, cwd=root, env=environment))
+
+
+def lab_command(root: Path, extra: list[str], as_root: bool) -> tuple[list[str], str]:
+    """The command that opens JupyterLab, and a line saying on what: the first lecture, or what there is."""
+    start = root / "lectures" / "00_start_here.ipynb"
+    command = [sys.executable, "-m", "jupyterlab", f"--ServerApp.root_dir={root}"]
+    if start.exists():
+        message = "JupyterLab opens lectures/00_start_here.ipynb"
+        command.append(f"--LabApp.default_url=/lab/tree/{start.relative_to(root).as_posix()}")
+    elif any((root / "lectures").glob("*.ipynb")):
+        message = "lectures/00_start_here.ipynb is not here: JupyterLab opens the folder of lectures"
+        command.append("--LabApp.default_url=/lab/tree/lectures")
+    else:
+        message = "there are no lectures in this checkout yet: JupyterLab opens its folder"
+    if as_root:  # Jupyter refuses to run as root unless told that this is meant
+        message += "\nrunning as root: anyone who can reach this JupyterLab can do anything on this computer"
+        command.append("--allow-root")
+    return command + extra, message
+
+
+@app.command(context_settings={"allow_extra_args": True, "ignore_unknown_options": True})
+def lab(context: typer.Context) -> None:
+    """Open JupyterLab; what follows is handed to it (`lab --no-browser`). Ctrl-C twice ends it."""
+    root = course_root()
+    as_root = hasattr(os, "geteuid") and os.geteuid() == 0
+    command, message = lab_command(root, context.args, as_root)
+    typer.echo(message)
+    raise typer.Exit(run_until_it_ends(command, root))
+
+
+def run_until_it_ends(command: list[str], folder: Path) -> int:
+    """Run a program that answers Ctrl-C itself (the terminal sends it to both): wait for its own end."""
+    process = subprocess.Popen(command, cwd=folder)
+    while True:
+        try:
+            return process.wait()
+        except KeyboardInterrupt:
+            continue
+
+
+@app.command()
+def train(
+    stage: Annotated[Stage, typer.Argument(help="What to train.")],
+    data: Annotated[
+        Path, typer.Option(metavar="FILE", help="The file of demonstrations or preference pairs.")
+    ],
+    format: Annotated[Format, typer.Option(help="Its format; auto looks at the first record.")] = Format.auto,
+    model: Model = None,
+    out: Annotated[
+        Path | None, typer.Option(help="Where results go; default: runs/STAGE in the checkout.")
+    ] = None,
+    steps: Annotated[
+        int | None, typer.Option(min=1, help="Optimizer steps; default: a few minutes' worth.")
+    ] = None,
+    seed: Seed = 0,
+    device: Device = "auto",
+    threads: Threads = None,
+) -> None:
+    """Train on a file of your own: Alpaca, FLAN, OpenAssistant or preference pairs."""
+    from cs336_alignment.real_data import train_on_file
+
+    use_threads(threads)
+    train_on_file(
+        stage=stage.value,
+        data=str(data),
+        format=format.value,
+        model=model,
+        out=str(out or course_root() / "runs" / stage.value),
+        seed=seed,
+        device=device,
+        steps=steps,
+    )
+
+
+@world_app.command("show")
+def world_show() -> None:
+    """Describe the embedded world: its people, facts, topics, splits and documents."""
+    from cs336_alignment import world
+
+    world.describe()
+
+
+@world_app.command("train")
+def world_train() -> None:
+    """Retrain the base model that the course ships."""
+    from cs336_alignment import world_training
+
+    world_training.train()
+
+
+def is_ours(error: BaseException) -> bool:
+    """Whether an error was raised by a line of this package (and so has a message written for its user)."""
+    frames = traceback.extract_tb(error.__traceback__)
+    return bool(frames) and PACKAGE in Path(frames[-1].filename).resolve().parents
+
+
+def explain(error: Exception) -> str:
+    """One readable line (or what the message itself has)."""
+    if isinstance(error, OSError) and error.strerror and error.filename:
+        return f"{error.strerror}: {error.filename}"
+    return str(error) or type(error).__name__
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Run a verb, return its exit code. 2: the user can put it right (one line); 130: Ctrl-C; else it raises."""
+    arguments = list(sys.argv[1:] if arguments is None else arguments)
+    debug = "--debug" in arguments and arguments[0] != "test"  # pytest has a --debug of its own
+    if debug:
+        arguments.remove("--debug")
+    try:
+        return app(arguments, prog_name="course.py", standalone_mode=False) or 0
+    except typer.Abort:
+        typer.echo("\nstopped", err=True)
+        return 130
+    except KeyboardInterrupt:
+        typer.echo("\nstopped; what was finished is kept, the same command goes on from there", err=True)
+        return 130
+    except BrokenPipeError:  # `... | head`
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 1
+    except Exception as error:
+        if hasattr(error, "show") and hasattr(error, "exit_code"):  # usage errors: typer prints them itself
+            error.show()
+            return error.exit_code
+        if debug or not (isinstance(error, OSError) or (isinstance(error, ValueError) and is_ours(error))):
+            raise
+        typer.echo(f"error: {explain(error)}", err=True)
+        typer.echo("(--debug shows where it was raised)", err=True)
+        return USER_ERROR
