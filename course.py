@@ -2,11 +2,11 @@
 """The one script of the course: `python3 course.py VERB ...`, from any folder, with nothing but Python.
 
 What it does: makes the environment `.venv` beside this file, installs the pinned packages of constraints.txt
-into it (with uv where there is one, with pip otherwise), remembers by a hash that this was done, and hands the
-verb to `python -m cs336_alignment VERB ...` in that environment. `doctor`, `clean` and `setup` are handled here,
-because they must work where that environment is missing or broken.
+in it (with uv where there is one, with pip otherwise), remembers by a hash that this was done, and hands the
+verb to `python -m cs336_alignment VERB ...` in that environment. `doctor`, `clean` and `setup` are handled
+here, because they must work where that environment is missing or broken.
 
-What it is not: it knows nothing of the course itself. Standard library only, and written so that an old Python
+What it is not: it knows nothing of the course itself. Standard library only, written so that an old Python
 can still read it and say clearly that it is too old.
 """
 
@@ -195,7 +195,7 @@ def uv_settings(environ, settings):
 
 
 def can_write(folder):
-    """Whether a file can be made in a folder, or in the nearest parent that exists; it is tried, not guessed."""
+    """Whether a file can be made in a folder, or the nearest parent that exists: tried, not guessed."""
     while not os.path.isdir(folder):
         parent = os.path.dirname(folder)
         if parent == folder or os.path.exists(folder):
@@ -253,7 +253,7 @@ def child_environment(environ, root=ROOT):
 
 
 def wanted_hash(root=ROOT, version=None):
-    """Changes with pyproject.toml, constraints.txt, Python's minor version and the folder (scripts hold it)."""
+    """Changes with pyproject.toml, constraints.txt, Python's minor version and the folder."""
     version = version or sys.version_info
     digest = hashlib.sha256()
     for name in ("pyproject.toml", "constraints.txt"):
@@ -359,9 +359,9 @@ def one_at_a_time(root=ROOT):
         file = open(os.path.join(state_dir(root), "lock"), "a+")
     except OSError as error:
         raise CourseError(
-            f"cannot write in {root} ({error.strerror}).\nThe course keeps its environment and results beside course.py: copy the folder "
-            "to a place of your own, or change its permissions."
-        )
+            f"cannot write in {root} ({error.strerror}).\nThe course keeps its environment and results "
+            "beside course.py: copy the folder to a place of your own, or change its permissions."
+        ) from None
     with file:
         waiting = False
         while True:
@@ -387,7 +387,7 @@ def one_at_a_time(root=ROOT):
 
 
 def run_shown(command, env, log_path, step):
-    """Run a command with its output in a log; on the screen one moving line (or a line each 20 s). Returns (code, tail)."""
+    """Run a command; all output to a log, one moving line (or one each 20 s) to the screen. (code, tail)"""
     tail = collections.deque(maxlen=25)
     lines = queue.Queue()
     process = subprocess.Popen(
@@ -413,8 +413,9 @@ def run_shown(command, env, log_path, step):
                         break
                     log.write(line + "\n")
                     if line.strip():
-                        last = line.strip().split("\r")[-1]
-                        tail.append(last)
+                        tail.append(line.strip().split("\r")[-1])
+                        if not tail[-1].startswith("WARNING"):
+                            last = tail[-1]
                 except queue.Empty:
                     pass
                 now = time.monotonic()
@@ -466,7 +467,7 @@ def write_file(path, text):
 
 
 def ensure_environment(root=ROOT, environ=None, quiet=False):
-    """Make or repair `.venv` unless the stamp says that it is what pyproject.toml and constraints.txt ask for."""
+    """Make or repair `.venv` unless its stamp says that it is what constraints.txt and pyproject.toml ask."""
     environ = os.environ if environ is None else environ
     if venv_state(root) == "ready":
         if not quiet:
@@ -539,13 +540,13 @@ def install_failed(installer, tail, log_path):
         re.I,
     ):
         hints.append(
-            "It looks like the network: the first installation needs one. Behind a proxy set HTTPS_PROXY; with a "
-            "package mirror or a folder of wheels set PIP_INDEX_URL or PIP_FIND_LINKS; then run it again."
+            "It looks like the network: the first installation needs one. Behind a proxy set HTTPS_PROXY; "
+            "with a package mirror or a folder of wheels set PIP_INDEX_URL or PIP_FIND_LINKS; then try again."
         )
     if re.search(r"No matching distribution|No solution found|requires-python|cp3\d+ .*not", said, re.I):
         hints.append(
-            "A pinned package has no build for Python {}.{} here: try another Python (3.11 is the one that was "
-            "tried).".format(*sys.version_info[:2])
+            "A pinned package has no build for Python {}.{} here: try another Python (3.11 is the one that "
+            "was tried).".format(*sys.version_info[:2])
         )
     if re.search(r"Permission denied|Errno 13|Access is denied", said, re.I):
         hints.append("A folder cannot be written: see `python3 course.py doctor`.")
@@ -565,7 +566,7 @@ def install_failed(installer, tail, log_path):
 
 
 def hand_over(arguments, environ=None, root=ROOT):
-    """Run `python -m cs336_alignment ...` in the environment; its exit code is ours, and Ctrl-C is its own business."""
+    """Run `python -m cs336_alignment ...` in `.venv`; its exit code is ours, Ctrl-C is its own business."""
     env = child_environment(os.environ if environ is None else environ, root)
     command = [venv_python(root), "-m", "cs336_alignment"] + list(arguments)
     sys.stdout.flush()
@@ -578,7 +579,7 @@ def hand_over(arguments, environ=None, root=ROOT):
 
 
 def run_and_wait(command, env):
-    """What Windows needs instead of exec: the child gets the Ctrl-C as well, and we wait for it to finish cleanly."""
+    """What Windows needs instead of exec: the child gets the Ctrl-C too, and we wait for it to finish."""
     process = subprocess.Popen(command, env=env)
     while True:
         try:
@@ -612,7 +613,7 @@ print("@@" + json.dumps(out), flush=True)
 
 
 def pinned_versions(text):
-    """{name: set of versions} of a constraints file; a name may stand in several lines with different markers."""
+    """{name: versions} of a constraints file; a name may stand in several lines with different markers."""
     pins = {}
     for line in text.splitlines():
         match = re.match(r"\s*([A-Za-z0-9._-]+)==([^\s;#]+)", line)
@@ -627,7 +628,7 @@ def normal(name):
 
 
 def version_differences(installed, pins):
-    """Lines "name: installed, pinned" where they differ; a local part (torch 2.13.0+cpu) is the same version."""
+    """Lines "name: installed, pinned" where they differ; a local part (2.13.0+cpu) is the same version."""
     lines = []
     for name, version in sorted(installed.items()):
         wanted = pins.get(normal(name))
@@ -886,7 +887,7 @@ def clean(arguments, root=ROOT, ask=input):
             answer = ask("remove all of this? [y/N] ")
         except EOFError:
             say()
-            raise CourseError("nobody here to ask: run `python3 course.py clean --yes`.")
+            raise CourseError("nobody here to ask: run `python3 course.py clean --yes`.") from None
         if answer.strip().lower() not in ("y", "yes"):
             say("course: nothing removed")
             return 1

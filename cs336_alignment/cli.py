@@ -1,7 +1,7 @@
 """The verbs: `python -m cs336_alignment VERB ...`, which is what `course.py VERB ...` runs.
 
-A verb parses its options, imports what it needs only then (torch takes a second, transformers three) and calls
-one function of the package. Nothing is computed here.
+A verb parses its options, imports what it needs only then (torch takes a second, transformers three) and
+calls one function of the package. Nothing is computed here.
 """
 
 import os
@@ -236,7 +236,7 @@ def explain(error: Exception) -> str:
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """Run a verb, return its exit code. 2: the user can put it right (one line); 130: Ctrl-C; else it raises."""
+    """Run a verb; its exit code. 2: the user can put it right (one line); 130: Ctrl-C. A bug raises."""
     arguments = list(sys.argv[1:] if arguments is None else arguments)
     debug = "--debug" in arguments and arguments[0] != "test"  # pytest has a --debug of its own
     if debug:
