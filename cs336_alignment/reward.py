@@ -1,0 +1,132 @@
+"""Reward modelling: a scalar score learned from comparisons, by the model of Bradley and Terry (1952).
+
+The losses first, then one training loop. Lecture 08 derives them. Stiennon et al. 2020 (arXiv 2009.01325) and
+InstructGPT (Ouyang et al. 2022, arXiv 2203.02155, equation 1) use the same loss.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from cs336_alignment.models import autocast
+from cs336_alignment.optimize import (
+    Run,
+    make_optimizer,
+    optimizer_step,
+    shuffled_batch,
+    warmup_stable_decay,
+)
+from cs336_alignment.tokens import at_least_float32, collate
+
+
+def bradley_terry_prob(r1: Tensor, r2: Tensor) -> Tensor:
+    """P(y1 is preferred to y2) = sigma(r1 - r2) (equation 8.1). Shapes broadcast; only the difference counts."""
+    return torch.sigmoid(at_least_float32(torch.as_tensor(r1)) - at_least_float32(torch.as_tensor(r2)))
+
+
+def reward_model_loss(
+    chosen: Tensor, rejected: Tensor, margin: Tensor | float | None = None, center_coef: float = 0.0
+) -> Tensor:
+    """Negative log-likelihood of the comparisons: mean of -log sigma(chosen - rejected - margin) (8.3).
+
+    chosen, rejected: scores (B,). margin: how much better the chosen one is said to be, (B,) or a number
+    (Llama 2, arXiv 2307.09288, equation 2). center_coef weighs the mean of (chosen + rejected)^2, which pins
+    down the level that comparisons leave free (Eisenstein et al. 2023, arXiv 2312.09244) (8.4).
+    Returns a scalar, 0 for an empty batch. Raises: ValueError if the shapes differ.
+    """
+    if chosen.shape != rejected.shape:
+        raise ValueError(f"chosen {tuple(chosen.shape)} and rejected {tuple(rejected.shape)} must have one shape")
+    chosen, rejected = at_least_float32(chosen), at_least_float32(rejected)
+    difference = chosen - rejected
+    if margin is not None:
+        margin = torch.as_tensor(margin, device=difference.device)
+        if margin.dim() and margin.shape != difference.shape:
+            raise ValueError(f"margin {tuple(margin.shape)} must be a number or have shape {tuple(difference.shape)}")
+        difference = difference - margin
+    # logsigmoid, not log(sigmoid): the latter is -inf from a difference of about -100 on.
+    losses = -F.logsigmoid(difference) + center_coef * (chosen + rejected) ** 2
+    return losses.sum() / max(losses.numel(), 1)
+
+
+@dataclass
+class RewardConfig:
+    steps: int = 330
+    batch_size: int = 32  # pairs a step
+    learning_rate: float = 3e-4
+    weight_decay: float = 0.1
+    warmup: int = 20  # steps
+    decay: int = 200  # steps
+    center_coef: float = 0.01  # pulls the mean score to 0; comparisons alone leave it free
+    eval_every: int = 50
+    save_every: int = 100
+    seed: int = 0
+
+
+def train_reward_model(
+    model,
+    tokenizer,
+    preferences: list[dict],
+    config: RewardConfig,
+    *,
+    held_out: list[dict] = (),
+    loss_fn: Callable = reward_model_loss,
+    checkpoint: Path | str | None = None,
+    progress: bool = True,
+) -> list[dict[str, float]]:
+    """Trains a `RewardModel` in place on preferences {"prompt", "chosen", "rejected"} and returns the log.
+
+    `loss_fn` is called as loss_fn(chosen, rejected, center_coef=...). held_out: pairs whose accuracy is
+    logged. Raises: ValueError if there are no preferences.
+    """
+    device = next(model.parameters()).device
+    if not preferences:
+        raise ValueError("no preferences to train on")
+    chosen, rejected = (_encode(preferences, side, tokenizer) for side in ("chosen", "rejected"))
+    optimizer = make_optimizer(model, config.learning_rate, config.weight_decay)
+    run = Run("reward model", config, checkpoint, progress, model=model, optimizer=optimizer)
+    for step in run:
+        rows = shuffled_batch(len(preferences), config.batch_size, step, config.seed).tolist()
+        # One forward for both sides: the same weights see them, and a step costs one pass.
+        ids, mask = collate([chosen[i] for i in rows] + [rejected[i] for i in rows], tokenizer.pad_token_id)
+        with autocast(device):
+            scores = model(ids.to(device), mask.to(device)).float()
+        chosen_scores, rejected_scores = scores.chunk(2)
+        loss = loss_fn(chosen_scores, rejected_scores, center_coef=config.center_coef)
+        loss.backward()
+        factor = warmup_stable_decay(step, config.steps, config.warmup, config.decay)
+        grad_norm = optimizer_step(optimizer, config.learning_rate * factor)
+        accuracy = (chosen_scores > rejected_scores).float().mean()
+        metrics = {"loss": loss, "accuracy": accuracy, "grad_norm": grad_norm}
+        if held_out and (step % config.eval_every == 0 or step + 1 == config.steps):
+            prompts = [pair["prompt"] for pair in held_out]
+            wins = score(model, tokenizer, prompts, [pair["chosen"] for pair in held_out]) > score(
+                model, tokenizer, prompts, [pair["rejected"] for pair in held_out]
+            )
+            metrics["held_out_accuracy"] = wins.float().mean()
+        run.record(step, **metrics)
+    return run.log
+
+
+@torch.no_grad()
+def score(model, tokenizer, prompts: list[str], responses: list[str], batch_size: int = 128) -> Tensor:
+    """The reward model's scores of the responses, (B,) float32 on the CPU."""
+    device = next(model.parameters()).device
+    rows = _encode([{"prompt": p, "response": r} for p, r in zip(prompts, responses)], "response", tokenizer)
+    scores = []
+    for start in range(0, len(rows), batch_size):
+        ids, mask = collate(rows[start : start + batch_size], tokenizer.pad_token_id)
+        with autocast(device):
+            scores.append(model(ids.to(device), mask.to(device)).float().cpu())
+    return torch.cat(scores)
+
+
+def _encode(records: list[dict], side: str, tokenizer) -> list[list[int]]:
+    return [
+        tokenizer.encode(record["prompt"], add_special_tokens=False)
+        + tokenizer.encode(record[side], add_special_tokens=False)
+        for record in records
+    ]

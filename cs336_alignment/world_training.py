@@ -1,0 +1,142 @@
+"""How the town's base model comes to be: pre-training on its documents, and the checkpoints that ship with it.
+
+The schedule is warm-up, stable, decay (Hu et al. 2024, arXiv 2404.06395): the stable phase is saved too, because
+mid-training continues from there (lecture 06). `python3 course.py world train` runs this file.
+"""
+
+import hashlib
+import json
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+
+import torch
+
+from cs336_alignment.models import Llama, ModelConfig, autocast, resolve_device
+from cs336_alignment.optimize import Run, make_optimizer, optimizer_step, warmup_stable_decay
+from cs336_alignment.sft import sft_loss
+from cs336_alignment.tokens import pack, token_log_probs
+from cs336_alignment.world import ASSETS, SMALL, World, WorldConfig
+
+
+@dataclass
+class PretrainingConfig:
+    steps: int = 2000
+    batch_size: int = 16  # rows a step
+    row_length: int = 64  # tokens a row
+    learning_rate: float = 2e-3
+    weight_decay: float = 0.1
+    warmup: int = 50  # steps
+    decay: int = 600  # steps at the end; what comes before them is the stable phase
+    save_every: int = 200
+    seed: int = 0
+
+
+@dataclass
+class Profile:
+    """A size of the whole course: the world, the model and its pre-training."""
+
+    name: str
+    world: WorldConfig
+    model: ModelConfig
+    pretraining: PretrainingConfig = field(default_factory=PretrainingConfig)
+
+    @property
+    def key(self) -> str:
+        """A hash of world, vocabulary and model: a checkpoint that carries it fits this profile."""
+        parts = [asdict(self.world), self.model.to_dict(), (ASSETS / "vocabulary.txt").read_text(encoding="utf-8")]
+        return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()[:10]
+
+
+def profile(name: str = "full") -> Profile:
+    """"full": the course. "test": the same code in seconds; its models have not learned much."""
+    vocab_size = len((ASSETS / "vocabulary.txt").read_text(encoding="utf-8").split())
+    if name == "full":
+        return Profile(name, WorldConfig(), ModelConfig(vocab_size, max_position_embeddings=256))
+    if name == "test":
+        model = ModelConfig(
+            vocab_size, hidden_size=48, intermediate_size=128, num_hidden_layers=2, max_position_embeddings=256
+        )
+        return Profile(name, SMALL, model, PretrainingConfig(steps=120, decay=40, warmup=10))
+    raise ValueError(f"profile must be 'full' or 'test', got {name!r}")
+
+
+def pretrain(
+    world: World,
+    profile: Profile,
+    *,
+    device: str = "auto",
+    stable_path: Path | None = None,
+    checkpoint: Path | str | None = None,
+    progress: bool = True,
+) -> tuple[Llama, list[dict[str, float]]]:
+    """Trains the base model from scratch; returns it with the log. stable_path: where the stable phase is saved."""
+    config, device = profile.pretraining, resolve_device(device)
+    rows_needed = config.steps * config.batch_size
+    rows = pack(world.documents(rows_needed * config.row_length + config.row_length, config.seed), config.row_length)
+    held_out = pack(world.documents(16_000, config.seed + 1_000), config.row_length)
+    torch.manual_seed(config.seed)
+    model = Llama(profile.model).to(device)
+    optimizer = make_optimizer(model, config.learning_rate, config.weight_decay)
+    run = Run("pre-training", config, checkpoint, progress, model=model, optimizer=optimizer)
+    for step in run:
+        text = rows[step * config.batch_size : (step + 1) * config.batch_size].to(device)
+        loss = next_token_loss(model, text)
+        loss.backward()
+        factor = warmup_stable_decay(step, config.steps, config.warmup, config.decay)
+        grad_norm = optimizer_step(optimizer, config.learning_rate * factor)
+        metrics = {"loss": loss, "grad_norm": grad_norm}
+        if (step + 1) % 100 == 0:
+            with torch.no_grad():
+                metrics["held_out_loss"] = next_token_loss(model, held_out.to(device))
+        run.record(step, **metrics)
+        if stable_path and step + 1 == config.steps - config.decay:
+            save_weights(model, stable_path)
+    return model, run.log
+
+
+def next_token_loss(model, rows: torch.Tensor) -> torch.Tensor:
+    """Mean negative log-probability of every token but the first of each row; rows (N, L)."""
+    with autocast(rows.device):
+        log_probs = token_log_probs(model(rows[:, :-1]), rows[:, 1:])
+    return sft_loss(log_probs, torch.ones_like(log_probs, dtype=torch.bool))
+
+
+def save_weights(model: Llama, path: Path) -> None:
+    """The weights in bfloat16: half the size, and following does not suffer (lecture 18)."""
+    from safetensors.torch import save_file
+
+    state = {name: x.detach().to("cpu", torch.bfloat16).contiguous() for name, x in model.state_dict().items()}
+    if model.config.tie_word_embeddings:
+        del state["lm_head.weight"]  # the same tensor as the embedding
+    path.parent.mkdir(parents=True, exist_ok=True)
+    save_file(state, path)
+
+
+def checkpoint_path(profile: Profile, phase: str = "base") -> Path:
+    """Where the shipped checkpoint of a phase ("base" or "stable") lies."""
+    return ASSETS / f"{phase}-{profile.name}-{profile.key}.safetensors"
+
+
+def load_weights(profile: Profile, path: Path, device: str = "auto") -> Llama:
+    """The model of a profile with the weights of a file, in float32.
+
+    Raises: FileNotFoundError if there is none.
+    """
+    from safetensors.torch import load_file
+
+    if not path.exists():
+        raise FileNotFoundError(
+            f"no checkpoint {path.name} for this world: `python3 course.py world train` makes it "
+            "(the name holds a hash of world, vocabulary and model; one of them has changed)"
+        )
+    state = {name: x.float() for name, x in load_file(path).items()}
+    if profile.model.tie_word_embeddings:
+        state["lm_head.weight"] = state["model.embed_tokens.weight"]
+    model = Llama(profile.model)
+    model.load_state_dict(state)
+    return model.to(resolve_device(device)).eval()
+
+
+def load_base(profile: Profile, phase: str = "base", device: str = "auto") -> Llama:
+    """The shipped base model, or with phase="stable" the one from before the decay."""
+    return load_weights(profile, checkpoint_path(profile, phase), device)
