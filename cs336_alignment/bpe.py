@@ -1,8 +1,8 @@
 """A byte-level BPE tokenizer trained on the course's own texts, in Hugging Face's clothes.
 
-Any UTF-8 text encodes and decodes back to itself: the 256 bytes are in the vocabulary before the first merge,
-so there is no unknown token. The result is a `PreTrainedTokenizerFast` with padding, an end of text and a chat
-template of four special tokens; it saves and loads like any other (`save_pretrained`, `AutoTokenizer`).
+Any UTF-8 text encodes and decodes back to itself: the 256 bytes are in the vocabulary before the first
+merge, so there is no unknown token. The result is a `PreTrainedTokenizerFast` with four special tokens and a
+chat template; it saves and loads like any other (`save_pretrained`, `AutoTokenizer`).
 """
 
 from collections.abc import Iterable
@@ -13,7 +13,7 @@ if TYPE_CHECKING:
 
 PAD, END, USER, ASSISTANT = "<|pad|>", "<|end|>", "<|user|>", "<|assistant|>"
 
-# Without the generation prompt this renders finished conversations: what chat_format, the response and END give.
+# Without the generation prompt a finished conversation: what chat_format, the response and END give.
 CHAT_TEMPLATE = (
     "{% for message in messages %}"
     "{% if message['role'] == 'assistant' %}" + ASSISTANT + "{{ message['content'] }}" + END + "{% else %}"

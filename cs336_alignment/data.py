@@ -39,7 +39,7 @@ FLAN_FIELDS = (
 DEMONSTRATION_FORMATS = {
     "flan": "inputs + targets (or prompt + response, prompt + completion, question + answer)",
     "alpaca": "instruction + output, with or without input",
-    "oasst": "message trees (prompt with nested replies) or a table (message_id, parent_id, role, text, rank)",
+    "oasst": "message trees (prompt with nested replies) or a table (message_id, parent_id, role, text)",
 }
 PREFERENCE_FORMATS = {
     "preferences": "chosen + rejected, with prompt, or instruction and input, or chat messages",
@@ -169,8 +169,8 @@ def split_by_prompt(records: list[Any], held_out: float = 0.1, seed: int = 0) ->
     """Deal records into (train, held-out) by a hash of the prompt.
 
     Equal prompts (up to case and spacing), and the turns of one conversation, land on one side, so no
-    held-out prompt was trained on; adding records later moves none of the old ones. `held_out` is the expected
-    share, not the exact one.
+    held-out prompt was trained on; adding records later moves none of the old ones. `held_out` is the share
+    to expect, not the exact one.
     """
     train, held = [], []
     for record in records:
@@ -205,7 +205,7 @@ def chat_format(prompt: str, tokenizer: Any = None) -> str:
 def flan_demonstration(row: dict[str, Any]) -> Demonstration:
     """A FLAN record: a task already written out as text, and its answer.
 
-    >>> flan_demonstration({"inputs": "Is a whale a fish? yes or no", "targets": "no", "task_name": "animals"})
+    >>> flan_demonstration({"inputs": "Is a whale a fish? yes or no", "targets": "no", "task": "animals"})
     {'prompt': 'Is a whale a fish? yes or no', 'response': 'no'}
 
     Other field names with the same meaning are in `FLAN_FIELDS`.
@@ -243,8 +243,8 @@ def preference_pair(row: dict[str, Any]) -> Preference:
     ... })
     {'prompt': 'Hi', 'chosen': 'Hello!', 'rejected': 'What?'}
 
-    Dialogue texts ("\\n\\nHuman: ...\\n\\nAssistant: ...", as in hh-rlhf) are read likewise. `p_chosen`, a soft
-    label in [0, 1], is passed on.
+    Dialogue texts ("\\n\\nHuman: ...\\n\\nAssistant: ...", as in hh-rlhf) are read likewise. `p_chosen`, a
+    soft label in [0, 1], is passed on.
     """
     before, chosen = _response(row, "chosen")
     before_rejected, rejected = _response(row, "rejected")
@@ -317,7 +317,7 @@ def oasst_preferences(tree: dict[str, Any]) -> Iterator[Preference | _Bad]:
             answers = [_turn(reply, "assistant")[1] for reply in replies]
             waiting += [
                 ([*turns, ("assistant", answer)], follow_up)
-                for reply, answer in zip(replies, answers)
+                for reply, answer in zip(replies, answers, strict=True)
                 for follow_up in _replies(reply)
             ]
             ranked = [_turn(reply, "assistant")[1] for reply in _ranked(message, replies)]
@@ -399,12 +399,12 @@ def _response(row: dict[str, Any], field: str) -> tuple[list[tuple[str, str]], s
         turns = _messages(row, field)
     else:
         text = _text(row, field)
-        # hh-rlhf: the whole dialogue as one text. Only where there is no prompt field: else it is a quotation.
+        # hh-rlhf: the whole dialogue as one text. Where there is a prompt field it is a quotation.
         if not re.match(r"Human:", text) or "prompt" in row:
             return [], text
         parts = re.split(r"(?:^|\n\n)(Human|Assistant):", text)[1:]
         names = {"Human": "user", "Assistant": "assistant"}
-        turns = [(names[who], said.strip()) for who, said in zip(parts[::2], parts[1::2])]
+        turns = [(names[who], said.strip()) for who, said in zip(parts[::2], parts[1::2], strict=True)]
     if not turns or turns[-1][0] != "assistant" or not turns[-1][1]:
         raise _Bad("does not end with a message of the assistant that says something", field)
     return turns[:-1], turns[-1][1]
@@ -463,8 +463,8 @@ def _ranked(parent: dict[str, Any], replies: list[dict[str, Any]]) -> list[dict[
         if rank is None:
             unranked = sum(other.get("rank") is None for other in replies)
             raise _Bad(
-                f"of {_name(reply)} is missing: {unranked} of the {len(replies)} answers to {_name(parent)} have "
-                "none; rank all of them or mark the others deleted",
+                f"of {_name(reply)} is missing: {unranked} of the {len(replies)} answers to {_name(parent)} "
+                "have none; rank all of them or mark the others deleted",
                 "rank",
                 reply.get("_record"),
             )
@@ -472,8 +472,8 @@ def _ranked(parent: dict[str, Any], replies: list[dict[str, Any]]) -> list[dict[
             raise _Bad(f"of {_name(reply)} is {_kind(rank)}, not a number", "rank", reply.get("_record"))
         if rank in seen:
             raise _Bad(
-                f"{rank:g} is given to both {_name(seen[rank])} and {_name(reply)}, answers to {_name(parent)}: "
-                "a tie says nothing about which is better; give each its own",
+                f"{rank:g} is given to both {_name(seen[rank])} and {_name(reply)}, answers to "
+                f"{_name(parent)}; give each its own, a tie says nothing about which is better",
                 "rank",
                 reply.get("_record"),
             )
@@ -502,43 +502,44 @@ def _oasst_trees(table: "_Table") -> Iterator[tuple[int, dict[str, Any] | _Bad]]
         elif not isinstance(row.get("message_id"), str):
             found = f"is {_kind(row['message_id'])}, not text" if "message_id" in row else "is missing"
             yield index, _Bad(found, "message_id")
+        elif not isinstance(row.get("parent_id") or "", str):
+            yield index, _Bad(f"is {_kind(row['parent_id'])}, not text or null", "parent_id")
         elif row["message_id"] in messages:
             first = messages[row["message_id"]]["_record"] + 1
             yield index, _Bad(f"{row['message_id']} occurs twice, first in record {first:,}", "message_id")
         else:
             messages[row["message_id"]] = {**row, "replies": [], "_record": index}
-    reached: dict[str, str] = {}  # message_id -> "root" or what is wrong on the way up
-    for message_id, message in messages.items():
-        path, at = [], message_id
-        while at not in reached:
-            path.append(at)
-            parent = messages[at].get("parent_id")
-            if not parent:
-                reached[at] = "root"
-            elif parent not in messages:
-                reached[at] = "orphan"
-                text = f"of {_name(messages[at])} is {_kind(parent)}, and no record has that message_id (an orphan)"
-                yield (
-                    messages[at]["_record"],
-                    _Bad(f"{text}; add the parent or leave its replies out", "parent_id"),
-                )
-            elif parent in path:
-                reached[at] = "cycle"
-                circle = " -> ".join([*path[path.index(parent) :], parent])
-                text = f"of {_name(messages[at])} closes a circle: {circle}"
-                yield (
-                    messages[at]["_record"],
-                    _Bad(f"{text}; the first message of a tree has no parent", "parent_id"),
-                )
-            else:
-                at = parent
-        for step in path:
-            reached[step] = reached[at]
+    yield from _parent_problems(messages)
+    for message in messages.values():
         if message.get("parent_id") in messages:
             messages[message["parent_id"]]["replies"].append(message)
-    for message_id, message in messages.items():
+    for message in messages.values():
         if not message.get("parent_id") and not message.get("deleted"):
             yield message["_record"], message
+
+
+def _parent_problems(messages: dict[str, dict[str, Any]]) -> Iterator[tuple[int, _Bad]]:
+    """What keeps messages from belonging to a tree: a parent that no record is, or a circle of parents."""
+    checked: set[str] = set()
+    for at in messages:
+        path: list[str] = []
+        while at not in checked:
+            checked.add(at)
+            path.append(at)
+            message, parent = messages[at], messages[at].get("parent_id")
+            if not parent:
+                break
+            if parent not in messages:
+                text = f"of {_name(message)} is {_kind(parent)}, which is no record's message_id (an orphan)"
+                problem = f"{text}; add the parent or leave its replies out"
+                yield message["_record"], _Bad(problem, "parent_id")
+                break
+            if parent in path:
+                circle = " -> ".join([*path[path.index(parent) :], parent])
+                problem = f"of {_name(message)} closes a circle ({circle}); a first message has no parent"
+                yield message["_record"], _Bad(problem, "parent_id")
+                break
+            at = parent
 
 
 # ---------------------------------------------------------------------------------------------------------
@@ -594,11 +595,12 @@ def _convert(
             note(problem, index, problems)
 
     if ties and drop_ties:
+        pairs = _count(len(ties), "pair")
         numbers = ", ".join(f"{tie.record:,}" for tie in ties[:PROBLEMS_SHOWN]) + (
             ", ..." if len(ties) > PROBLEMS_SHOWN else ""
         )
         warnings.warn(
-            f"{table.source}: {_count(len(ties), 'pair')} left out, chosen and rejected being equal (record {numbers})",
+            f"{table.source}: {pairs} left out, chosen and rejected being equal (record {numbers})",
             stacklevel=3,
         )
     else:
@@ -657,21 +659,22 @@ def _detect(table: _Table, format: str, formats: dict[str, str]) -> str:
         wanted = "chosen + rejected" if there == "preferences" else "one response a record"
         text = f"these are {here} ({fitting[0]}: {found}), not {there}, which need {wanted}"
         raise DataError(table.source, [Problem(text)])
-    text = f"cannot tell the format from the fields {found}."
+    first = next(index for index, row in enumerate(table.rows) if isinstance(row, dict))
+    problem = Problem(f"cannot tell the format from the fields {found}", first + 1, table.line(first))
     closest = [
-        (len(set(choice) - set(fields)), kind, choice)
+        ([field for field in choice if field not in fields], kind)
         for kind, choices in needs.items()
         if kind in formats
         for choice in choices
         if set(choice) & set(fields)
     ]
     if closest:
-        _, kind, choice = min(closest, key=lambda entry: entry[0])
-        lacking = ", ".join(repr(field) for field in choice if field not in fields)
-        text += f" Closest is {kind}, but no record has {lacking}."
+        lacking, kind = min(closest, key=lambda entry: len(entry[0]))
+        text = f"is in no record; the fields {found} come closest to {kind}"
+        problem = Problem(text, problem.record, problem.line, lacking[0])
     known = "\n".join(f"  {kind}: {what}" for kind, what in formats.items())
     advice = f"Known formats:\n{known}\nRename the fields, or name the format with format=."
-    raise DataError(table.source, [Problem(text)], advice=advice)
+    raise DataError(table.source, [problem], advice=advice)
 
 
 def _read(source: str | Path, split: str, name: str | None) -> _Table:
@@ -765,7 +768,7 @@ def _parse_json(text: str, label: str) -> _Table:
     rows: list[Any] = []
     starts: list[int] = []
     decoder = json.JSONDecoder()
-    at = _skip_space(text, begin + 1)
+    at = end = _skip_space(text, begin + 1)
     while text[at : at + 1] != "]" or rows and text[end] == ",":  # "]" after a comma is an error, not the end
         starts.append(at)
         try:
@@ -846,7 +849,9 @@ def _parse_csv(text: str, label: str) -> _Table:
                 found = sum(value is not None for key, value in row.items() if key is not None) + len(
                     row.get(None) or []
                 )
-                text = f"has {found} columns where the header has {len(header or [])}; quote texts that hold commas"
+                text = (
+                    f"has {found} columns where the header has {len(header or [])}; quote texts with commas"
+                )
                 raise DataError(label, [Problem(text, len(lines), lines[-1])])
             rows.append(row)
     except csv.Error as error:
@@ -902,14 +907,18 @@ def _line(text: str, at: int) -> int:
 def _broken(error: json.JSONDecodeError, label: str, record: int | None, start: int = 0) -> DataError:
     """Say where JSON breaks, and tell a mistake in it from a file that stops short."""
     end = len(error.doc.rstrip())
+    strings = re.finditer(r'"((?:[^"\\]|\\.)*)"(\s*:)?', error.doc[start : error.pos])
+    field = next(
+        (string[1] for string in reversed(list(strings)) if string[2]), None
+    )  # the last key before it
     if (
         error.pos >= end
         or error.msg.startswith("Unterminated string")
         and "\n" not in error.doc[error.pos : end]
     ):
-        keys = re.findall(r'"((?:[^"\\]|\\.)*)"\s*:|"(?:[^"\\]|\\.)*"', error.doc[start:])
-        field = next((key for key in reversed(keys) if key), None)
         text = f"the file ends here, in the middle of the {'record' if record else 'list'}: was it cut short?"
         return DataError(label, [Problem(text, record, _line(error.doc, end), field)])
     text = f"broken JSON at line {error.lineno}, column {error.colno}: {error.msg}"
-    return DataError(label, [Problem(text, record)])
+    if field is not None:
+        text += "; the mistake is in this field or just behind it"
+    return DataError(label, [Problem(text, record, field=field)])
