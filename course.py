@@ -383,15 +383,31 @@ def one_at_a_time(root=ROOT):
                 time.sleep(0.5)
             except OSError:
                 break  # a file system without locks (some network drives): go on without
-        yield
+        yield file
 
 
-def run_shown(command, env, log_path, step):
+NOT_PROGRESS = (
+    "WARNING",
+    "Attempting uninstall",
+    "Found existing",
+    "Uninstalling",
+    "Successfully uninstalled",
+)
+
+
+def run_shown(command, env, log_path, step, lock=None):
     """Run a command; all output to a log, one moving line (or one each 20 s) to the screen. (code, tail)"""
     tail = collections.deque(maxlen=25)
     lines = queue.Queue()
     process = subprocess.Popen(
-        command, cwd=ROOT, env=env, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.STDOUT
+        command,
+        cwd=ROOT,
+        env=env,
+        stdin=subprocess.DEVNULL,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        # It holds the lock too: where course.py alone is killed, the next one waits for the installer's end.
+        pass_fds=(lock.fileno(),) if lock and os.name == "posix" else (),
     )
 
     def read():
@@ -414,7 +430,7 @@ def run_shown(command, env, log_path, step):
                     log.write(line + "\n")
                     if line.strip():
                         tail.append(line.strip().split("\r")[-1])
-                        if not tail[-1].startswith("WARNING"):
+                        if not tail[-1].startswith(NOT_PROGRESS):
                             last = tail[-1]
                 except queue.Empty:
                     pass
@@ -442,14 +458,13 @@ def run_shown(command, env, log_path, step):
     return code, list(tail)
 
 
-def make_venv(root, env, log_path):
+def make_venv(root, env, log_path, lock=None):
     """Make `.venv` with the standard library; without pip in it where this Python has no ensurepip."""
     for extra in ([], ["--without-pip"]):
         command = [base_python(), "-m", "venv"] + extra + [venv_dir(root)]
-        code, tail = run_shown(command, env, log_path, "made .venv")
+        code, tail = run_shown(command, env, log_path, "made .venv", lock)
         if code == 0:
             return
-        remove_tree(venv_dir(root))
     raise CourseError(
         f"`python -m venv` failed:\n{indented(tail)}\nOn Debian and Ubuntu: apt install python3-venv."
     )
@@ -473,13 +488,13 @@ def ensure_environment(root=ROOT, environ=None, quiet=False):
         if not quiet:
             say("course: .venv is ready (installed with {})".format(read_stamp(root).get("installer")))
         return
-    with one_at_a_time(root):
+    with one_at_a_time(root) as lock:
         state = venv_state(root)
         if state != "ready":  # another terminal may have done it while we waited
-            install(root, environ, state)
+            install(root, environ, state, lock)
 
 
-def install(root, environ, state):
+def install(root, environ, state, lock=None):
     installers = choose_installers(environ)
     say(f"course: {STATE_TEXT[state]}")
     if os.path.islink(venv_dir(root)) and state in MADE_ANEW:
@@ -493,23 +508,23 @@ def install(root, environ, state):
     env.update(uv_settings(environ, pip_settings()))
     log_path = os.path.join(state_dir(root), "install.log")
     write_file(log_path, f"course.py, Python {sys.version.split()[0]}, {sys.platform}\n")
+    if state in MADE_ANEW:
+        remove_tree(venv_dir(root))
+    os.makedirs(venv_dir(root), exist_ok=True)
+    write_file(marker_path(root), "an installation started and has not finished\n")
+    with contextlib.suppress(FileNotFoundError):
+        os.remove(stamp_path(root))
+    if not os.path.exists(venv_python(root)):
+        say(f"course: making .venv with Python {sys.version.split()[0]}")
+        make_venv(root, env, log_path, lock)
+    said = []
     for number, installer in enumerate(installers):
-        if state in MADE_ANEW:
-            remove_tree(venv_dir(root))
-        os.makedirs(venv_dir(root), exist_ok=True)
-        write_file(marker_path(root), "an installation started and has not finished\n")
-        with contextlib.suppress(FileNotFoundError):
-            os.remove(stamp_path(root))
-        if not os.path.exists(venv_python(root)):
-            say(f"course: making .venv with Python {sys.version.split()[0]}")
-            make_venv(root, env, log_path)
-            write_file(marker_path(root), "an installation started and has not finished\n")
         say(
             "course: installing the packages of constraints.txt with {} ({})".format(
                 installer, "seconds to a minute" if installer == "uv" else "a few minutes the first time"
             )
         )
-        code, tail = run_shown(install_command(installer, root), env, log_path, "installed")
+        code, tail = run_shown(install_command(installer, root), env, log_path, "installed", lock)
         if code == 0:
             stamp = {
                 "hash": wanted_hash(root),
@@ -523,19 +538,18 @@ def install(root, environ, state):
             return
         if number + 1 < len(installers):
             say(f"course: uv did not manage:\n{indented(tail[-4:])}\ncourse: trying pip instead")
-            state = "interrupted"
-    raise CourseError(install_failed(installers[-1], tail, log_path))
+        said += tail
+    raise CourseError(install_failed(installers[-1], tail, "\n".join(said), log_path))
 
 
-def install_failed(installer, tail, log_path):
-    """The last lines of the installer and what to try, by what they say."""
-    said = "\n".join(tail)
+def install_failed(installer, tail, said, log_path):
+    """The installer's last lines and what to try, by what was said (by uv too, where pip came after it)."""
     hints = []
     if re.search(r"No space left|Errno 28|disk quota", said, re.I):
         hints.append(f"The disk is full: free about {NEEDED_GB} GB, then run the same command again.")
     if re.search(
-        r"resolve|connection|network|timed? ?out|unreachable|getaddrinfo|dns|offline|certificate|proxy|retry|"
-        r"error sending request|failed to fetch",
+        r"connection|network|timed? ?out|unreachable|getaddrinfo|dns error|name resolution|certificate|proxy|"
+        r"retrying|error sending request|failed to fetch",
         said,
         re.I,
     ):
@@ -543,7 +557,7 @@ def install_failed(installer, tail, log_path):
             "It looks like the network: the first installation needs one. Behind a proxy set HTTPS_PROXY; "
             "with a package mirror or a folder of wheels set PIP_INDEX_URL or PIP_FIND_LINKS; then try again."
         )
-    if re.search(r"No matching distribution|No solution found|requires-python|cp3\d+ .*not", said, re.I):
+    elif re.search(r"No matching distribution|No solution found|requires-python|cp3\d+ .*not", said, re.I):
         hints.append(
             "A pinned package has no build for Python {}.{} here: try another Python (3.11 is the one that "
             "was tried).".format(*sys.version_info[:2])
@@ -894,7 +908,7 @@ def clean(arguments, root=ROOT, ask=input):
     kept = []
     for name in found:
         path = os.path.join(root, name)
-        if name == ".venv":  # the notebooks in there belong to installed packages
+        if name in (".venv", ".course"):  # the notebooks in there belong to installed packages
             remove_tree(path)
         else:
             kept += remove_but_notebooks(path)
