@@ -243,6 +243,7 @@ def child_environment(environ, root=ROOT):
     child["VIRTUAL_ENV"] = venv_dir(root)
     child["PATH"] = scripts_dir(root) + os.pathsep + environ.get("PATH", os.defpath)
     child["PIP_USER"] = "0"
+    child["PIP_DISABLE_PIP_VERSION_CHECK"] = "1"
     child["PYTHONUTF8"] = "1"  # the course's files are UTF-8, whatever the computer's language is
     child.update(cache_settings(environ, root))
     return child
@@ -330,7 +331,7 @@ def install_command(installer, root=ROOT):
     if installer == "uv":
         return list(find_uv() or ["uv"]) + ["pip", "install", "--python", venv_python(root)] + what
     if has_pip(root):
-        return [venv_python(root), "-m", "pip", "install", "--disable-pip-version-check"] + what
+        return [venv_python(root), "-m", "pip", "install", "--progress-bar=off"] + what
     # Debian's Python without python3-venv has no ensurepip: its own pip can install into another environment.
     return [
         base_python(),
@@ -339,7 +340,7 @@ def install_command(installer, root=ROOT):
         "--python",
         venv_python(root),
         "install",
-        "--disable-pip-version-check",
+        "--progress-bar=off",
     ] + what
 
 

@@ -242,12 +242,12 @@ def main(arguments: list[str] | None = None) -> int:
     if debug:
         arguments.remove("--debug")
     try:
-        return app(arguments, prog_name="course.py", standalone_mode=False) or 0
-    except typer.Abort:
+        code = app(arguments, prog_name="course.py", standalone_mode=False) or 0
+        if code == 130:  # what typer makes of Ctrl-C
+            typer.echo("\nstopped; what was finished is kept, the same command goes on from there", err=True)
+        return code
+    except typer.Abort:  # Ctrl-C or the end of input at a question
         typer.echo("\nstopped", err=True)
-        return 130
-    except KeyboardInterrupt:
-        typer.echo("\nstopped; what was finished is kept, the same command goes on from there", err=True)
         return 130
     except BrokenPipeError:  # `... | head`
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
