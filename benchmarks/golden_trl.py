@@ -75,8 +75,8 @@ def make_model(seed: int, scores: bool = False) -> torch.nn.Module:
             center, spread = (0.0, 0.5) if weight.dim() > 1 else (1.0, 0.2)  # norms around one
             values = [round(rng.gauss(center, spread), 2) for _ in range(weight.numel())]
             weight.copy_(torch.tensor(values).view_as(weight))
-        # TRL's PPO takes a sampled padding token for the end of the response. So that none is sampled, feature 0
-        # is positive in every embedding, no layer changes it, and the head counts it against padding.
+        # TRL's PPO takes a sampled padding token for the end of a response. So that none is sampled, feature
+        # 0 is positive in every embedding, no layer changes it, and the head counts it against padding.
         model.model.embed_tokens.weight[:, 0] = 3.0
         for layer in model.model.layers:
             layer.self_attn.o_proj.weight[0] = 0.0

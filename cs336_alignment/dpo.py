@@ -64,12 +64,11 @@ def dpo_loss(
     Raises: ValueError if shapes differ, beta < 0 or eps lies outside [0, 1].
     """
     h = _preference_logit(policy_chosen, policy_rejected, ref_chosen, ref_rejected, beta)
-    eps = torch.as_tensor(label_smoothing)
+    eps = torch.as_tensor(label_smoothing, dtype=h.dtype, device=h.device)
     if eps.dim() and eps.shape != h.shape:
         raise ValueError(f"label_smoothing {tuple(eps.shape)} must be a number or have shape {tuple(h.shape)}")
     if not ((eps >= 0) & (eps <= 1)).all():
         raise ValueError("label_smoothing is a probability: it must lie in [0, 1]")
-    eps = eps.to(h)
     losses = -(1 - eps) * F.logsigmoid(h) - eps * F.logsigmoid(-h)
     return losses.sum() / max(losses.numel(), 1)
 
@@ -151,7 +150,7 @@ def train_dpo(
             policy_chosen, policy_rejected, ref_chosen, ref_rejected, config.beta, smoothing[pairs].to(device)
         )
         chosen_tokens = batch["response_mask"][: len(pairs)].sum()
-        (loss + config.nll_coef * -policy_chosen.sum() / chosen_tokens).backward()
+        (loss + config.nll_coef * -policy_chosen.sum() / chosen_tokens.clamp(min=1)).backward()
         factor = warmup_stable_decay(step, config.steps, config.warmup, config.decay)
         grad_norm = optimizer_step(optimizer, config.learning_rate * factor)
         with torch.no_grad():

@@ -43,7 +43,7 @@ def reward_model_loss(
     chosen, rejected = at_least_float32(chosen), at_least_float32(rejected)
     difference = chosen - rejected
     if margin is not None:
-        margin = torch.as_tensor(margin, device=difference.device)
+        margin = torch.as_tensor(margin, dtype=difference.dtype, device=difference.device)
         if margin.dim() and margin.shape != difference.shape:
             raise ValueError(f"margin {tuple(margin.shape)} must be a number or have shape {tuple(difference.shape)}")
         difference = difference - margin

@@ -133,11 +133,14 @@ def sequence_log_probs(model, batch: dict[str, Tensor]) -> Tensor:
     `tokenize_prompt_and_output` need none, since a causal model never looks right.
     batch: `input_ids`, `labels`, `response_mask`, each (B, S), on the model's device.
     Returns (B,). A sum, not a mean: DPO's derivation needs the probability of the whole response.
+    Raises: TypeError if the mask is not boolean; otherwise as `token_log_probs`.
     """
     extra = {"attention_mask": batch["attention_mask"]} if "attention_mask" in batch else {}
     output = model(batch["input_ids"], **extra)
     logits = getattr(output, "logits", output)
     mask = batch["response_mask"]
+    if mask.dtype != torch.bool:  # integers would index rows instead of selecting positions
+        raise TypeError(f"response_mask must be boolean, got {mask.dtype}; convert it with mask.bool()")
     # Only response positions enter the softmax: cheaper, and whatever the others hold stays out of the gradient.
     log_probs = token_log_probs(logits[mask], batch["labels"][mask])
     rows = torch.arange(mask.shape[0], device=mask.device).unsqueeze(1).expand_as(mask)[mask]
