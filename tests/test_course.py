@@ -106,7 +106,7 @@ def test_each_state_of_the_environment_is_told_from_the_others(course, checkout)
 
 
 def replace_installer(course, monkeypatch, script, installers=("uv",)):
-    """`script` (Python source) runs in place of the installer; venvs are skeletons. Returns the list of calls."""
+    """`script` (Python source) runs in place of the installer; venvs are skeletons. Returns the calls."""
     calls = []
 
     def command(installer, root):
