@@ -2,17 +2,17 @@
 
 What every model here can do (B sequences, S positions, V vocabulary, d hidden size):
 
-    model(input_ids (B,S), attention_mask=None, position_ids=None, cache=None) -> logits (B,S,V)
-    model.hidden(...same arguments...) -> (B,S,d)   and   model.head(hidden) -> logits
-    model.new_cache(batch_size, max_length)          -> a key-value cache, filled in place when passed
+    model(input_ids (B, S), attention_mask=None, position_ids=None, cache=None) -> logits (B, S, V)
+    model.hidden(the same arguments) -> (B, S, d)       and model.head(hidden) -> logits
+    model.new_cache(batch_size, max_length)             a key-value cache, filled in place when passed
     model.vocab_size, model.hidden_size, model.max_positions
 
-`attention_mask` is True on real tokens. Without one, every token is real (right padding then needs none at all:
-under a causal mask nothing real can see what stands behind it). With a cache it covers all positions so far.
-A mask of shape (B,1,S,S) says for each query which keys it sees, for trees of shared prefixes.
+`attention_mask` (B, S) is True on real tokens, padding on either side. A batch padded on the right needs
+none: under causal attention nothing real sees what stands behind it. With a cache it covers all positions so
+far. A mask of shape (B, 1, S, S) says which keys each query sees: for trees of shared prefixes.
 
-The parameter names are those of transformers' LlamaForCausalLM, so that state dicts go both ways, and the logits are
-the same. What this file is not: a place for losses, sampling or training.
+The parameter names are those of transformers' LlamaForCausalLM, so that state dicts go both ways, and the
+logits are the same. What this file is not: a place for losses, sampling or training.
 """
 
 from __future__ import annotations
@@ -31,14 +31,14 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-# ---------------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 # Where and in what precision
 
 
 def resolve_device(device: str | torch.device = "auto") -> torch.device:
     """ "auto" is the first CUDA device where there is one, else the CPU; anything else is taken at its word.
 
-    Raises ValueError for a name torch does not know and for a device this machine does not have.
+    Raises: ValueError for a name torch does not know and for a device this machine does not have.
     """
     if str(device) == "auto":
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
@@ -47,18 +47,17 @@ def resolve_device(device: str | torch.device = "auto") -> torch.device:
     except (RuntimeError, TypeError):
         raise ValueError(f"unknown device {device!r}: use 'auto', 'cpu', 'cuda' or 'cuda:0'") from None
     if resolved.type == "cuda" and (resolved.index or 0) >= torch.cuda.device_count():
+        seen = torch.cuda.device_count()
         raise ValueError(
-            f"device {str(device)!r} asked for, but torch sees {torch.cuda.device_count()} CUDA devices: use 'auto' or 'cpu'"
+            f"{str(device)!r} asked for, but torch sees {seen} CUDA devices: use 'auto' or 'cpu'"
         )
-    if resolved.type == "mps" and not torch.backends.mps.is_available():
-        raise ValueError("device 'mps' asked for, but this torch has none: use 'auto' or 'cpu'")
-    if resolved.type not in ("cpu", "cuda", "mps"):
+    if resolved.type not in ("cpu", "cuda"):
         raise ValueError(f"unknown device {str(device)!r}: use 'auto', 'cpu', 'cuda' or 'cuda:0'")
     return resolved
 
 
 def autocast(device: str | torch.device) -> contextlib.AbstractContextManager:
-    """bfloat16 matrix products on a GPU, nothing at all on a CPU (slower there, and exact is what tests want)."""
+    """bfloat16 matrix products on a GPU, nothing at all on a CPU, where float32 is as fast and exact."""
     if torch.device(device).type == "cuda":
         return torch.autocast("cuda", dtype=torch.bfloat16)
     return contextlib.nullcontext()
@@ -69,7 +68,7 @@ def device_of(model: nn.Module) -> torch.device:
     return next(model.parameters()).device
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 # A Llama
 
 
@@ -148,7 +147,7 @@ class ModelConfig:
 
 
 class KVCache:
-    """Keys and values of every layer for the positions seen so far, in memory taken once and written in place."""
+    """Keys and values of every layer for all positions so far, in memory taken once and written in place."""
 
     def __init__(
         self, config: ModelConfig, batch_size: int, max_length: int, device: torch.device, dtype: torch.dtype
@@ -162,19 +161,24 @@ class KVCache:
         self.length = 0  # positions filled; the model moves it on when the last layer has written
 
     def append(self, layer: int, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
-        """Write (B,H,S,D) behind what is there; return all keys and values so far, (B,H,length + S,D)."""
+        """Write (B, H, S, D) behind what is there; return all so far, (B, H, length + S, D) each."""
         end = self.length + keys.shape[2]
         self.keys[layer][:, :, self.length : end] = keys
         self.values[layer][:, :, self.length : end] = values
         return self.keys[layer][:, :, :end], self.values[layer][:, :, :end]
 
+    def batch_select_indices(self, rows: Tensor) -> None:
+        """Keep only these sequences; the name is that of transformers' caches."""
+        self.keys = [keys[rows] for keys in self.keys]
+        self.values = [values[rows] for values in self.values]
+
 
 def rope_table(config: ModelConfig) -> Tensor:
-    """Rotary position embeddings: cosines and sines of position times frequency, (2, max_position_embeddings, head_dim).
+    """Cosines and sines for rotary position embeddings, (2, max_position_embeddings, head_dim D).
 
-    Feature i < D/2 is turned together with feature i + D/2 by the angle position * theta^(-2i/D) (Su et al. 2021,
-    arXiv 2104.09864, eq. 15, in the half-split layout of Llama checkpoints). The first half of the sines carries the
-    minus sign of the rotation.
+    Features i and i + D/2 are turned together by the angle position * theta^(-2i/D) (Su et al. 2021, arXiv
+    2104.09864, equations 15 and 34; the paper pairs neighbours, Llama checkpoints pair halves). The first
+    half of the sines carries the minus sign of the rotation.
     """
     half = torch.arange(0, config.head_dim, 2, dtype=torch.int64).float() / config.head_dim
     frequency = 1.0 / (config.rope_theta**half)
@@ -184,13 +188,13 @@ def rope_table(config: ModelConfig) -> Tensor:
 
 
 def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """Turn x (B,S,H,D) by its position; cos and sin (B or 1,S,1,D)."""
+    """Turn x (B, S, H, D) by its position; cos and sin (B or 1, S, 1, D)."""
     left, right = x.chunk(2, dim=-1)
     return torch.addcmul(x * cos, torch.cat([right, left], dim=-1), sin)
 
 
 class RMSNorm(nn.Module):
-    """x / sqrt(mean(x^2) + eps) * weight, over the last dimension (Zhang & Sennrich 2019, arXiv 1910.07467, eq. 4)."""
+    """x / sqrt(mean(x^2) + eps) * weight (Zhang and Sennrich 2019, arXiv 1910.07467, equation 4)."""
 
     def __init__(self, size: int, eps: float):
         super().__init__()
@@ -228,7 +232,7 @@ class Attention(nn.Module):
             k, v = cache.append(layer, k, v)
         if self.groups > 1:
             k, v = k.repeat_interleave(self.groups, dim=1), v.repeat_interleave(self.groups, dim=1)
-        # With no mask the kernel does the causal masking itself; a single new position may see everything there is.
+        # Without a mask the kernel masks causally by itself; a single new position sees all there is anyway.
         causal = mask is None and q.shape[2] > 1
         out = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=causal)
         return self.o_proj(out.transpose(1, 2).flatten(2))
@@ -275,7 +279,7 @@ class Decoder(nn.Module):
 
 
 class Llama(nn.Module):
-    """A Llama (Touvron et al. 2023, arXiv 2302.13971, section 2.2), initialised from torch's global generator."""
+    """A Llama (Touvron et al. 2023, arXiv 2302.13971, section 2.2); torch's global seed sets its weights."""
 
     def __init__(self, config: ModelConfig):
         super().__init__()
@@ -315,9 +319,9 @@ class Llama(nn.Module):
         position_ids: Tensor | None = None,
         cache: KVCache | None = None,
     ) -> Tensor:
-        """input_ids (B,S) -> the last layer's normed output (B,S,d). See the top of the file for the arguments.
+        """input_ids (B, S) -> the normed output of the last layer, (B, S, d); arguments as above.
 
-        Raises ValueError where the positions or the cache are too short.
+        Raises: ValueError where the model's positions or the cache are too few.
         """
         past = 0 if cache is None else cache.length
         size, total = input_ids.shape[1], past + input_ids.shape[1]
@@ -334,7 +338,7 @@ class Llama(nn.Module):
 
         rope = self.rope[:, None, past:total] if position_ids is None else self.rope[:, position_ids]
         x = self.model.embed_tokens(input_ids)
-        cos, sin = rope.unsqueeze(-2).unbind(0)  # (B or 1,S,1,D), the same for every layer
+        cos, sin = rope.unsqueeze(-2).unbind(0)  # (B or 1, S, 1, D), the same for every layer
         for layer, block in enumerate(self.model.layers):
             x = block(x, (cos, sin), visible, cache, layer)
         if cache is not None:
@@ -342,7 +346,7 @@ class Llama(nn.Module):
         return self.model.norm(x)
 
     def head(self, hidden: Tensor) -> Tensor:
-        """(...,d) -> logits (...,V)."""
+        """(..., d) -> logits (..., V)."""
         return self.lm_head(hidden)
 
     def forward(
@@ -352,14 +356,14 @@ class Llama(nn.Module):
         position_ids: Tensor | None = None,
         cache: KVCache | None = None,
     ) -> Tensor:
-        """input_ids (B,S) -> logits (B,S,V)."""
+        """input_ids (B, S) -> logits (B, S, V)."""
         return self.head(self.hidden(input_ids, attention_mask, position_ids, cache))
 
 
 def positions_from_mask(attention_mask: Tensor) -> Tensor:
-    """Position of each token among the real ones, (B,S), for padding on either side.
+    """Position of each token among the real ones, (B, S), for padding on either side.
 
-    In a (B,1,S,S) mask a token's position is the number of others it sees: its depth in a tree of prefixes.
+    In a (B, 1, S, S) mask a token's position is the number of others it sees: its depth in a tree.
     """
     if attention_mask.dim() == 4:
         return (attention_mask[:, 0].sum(-1) - 1).clamp(min=0)
@@ -367,7 +371,10 @@ def positions_from_mask(attention_mask: Tensor) -> Tensor:
 
 
 def visible_keys(attention_mask: Tensor | None, past: int, size: int, device: torch.device) -> Tensor | None:
-    """Which of past + size keys each of the last `size` queries sees, (B,1,size,past + size); None: all earlier ones."""
+    """Which of the past + size keys the last `size` queries see, (B, 1, size, past + size).
+
+    None stands for plain causal attention, which needs no mask.
+    """
     if attention_mask is not None and attention_mask.dim() == 4:
         return attention_mask.bool()
     if size == 1:  # the newest token sees every real one
@@ -382,7 +389,7 @@ def visible_keys(attention_mask: Tensor | None, past: int, size: int, device: to
     return ((key <= query) & attention_mask.bool()[:, None, None, :]) | (key == query)
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 # Any transformers causal LM
 
 
@@ -425,7 +432,7 @@ class HFCausalLM(nn.Module):
         position_ids: Tensor | None = None,
         cache=None,
     ) -> Tensor:
-        """input_ids (B,S) -> the decoder's last hidden state (B,S,d)."""
+        """input_ids (B, S) -> the decoder's last hidden state (B, S, d)."""
         past = 0 if cache is None else cache.get_seq_length()
         total = past + input_ids.shape[1]
         if position_ids is None and self.max_positions is not None and total > self.max_positions:
@@ -447,7 +454,7 @@ class HFCausalLM(nn.Module):
         return output.last_hidden_state
 
     def head(self, hidden: Tensor) -> Tensor:
-        """(...,d) -> logits (...,V), with what a few families do to them: Cohere and Granite scale, Gemma caps."""
+        """(..., d) -> logits (..., V), with what some families add: Cohere and Granite scale, Gemma caps."""
         logits = self.hf_model.get_output_embeddings()(hidden)
         if scale := getattr(self.config, "logit_scale", None):
             logits = logits * scale
@@ -464,16 +471,16 @@ class HFCausalLM(nn.Module):
         position_ids: Tensor | None = None,
         cache=None,
     ) -> Tensor:
-        """input_ids (B,S) -> logits (B,S,V), a plain tensor."""
+        """input_ids (B, S) -> logits (B, S, V), a plain tensor."""
         return self.head(self.hidden(input_ids, attention_mask, position_ids, cache))
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 # Heads and views
 
 
 def scalar_head(head: nn.Linear, hidden: Tensor) -> Tensor:
-    """(...,d) -> (...), in float32 also where autocast is on: scores are compared, and bfloat16 has three digits."""
+    """(..., d) -> (...), in float32 under autocast too: scores are compared; bfloat16 has three digits."""
     with torch.autocast(hidden.device.type, enabled=False):
         return head(hidden.float()).squeeze(-1)
 
@@ -481,8 +488,8 @@ def scalar_head(head: nn.Linear, hidden: Tensor) -> Tensor:
 class RewardModel(nn.Module):
     """A scalar for a whole sequence: a linear read-out of the hidden state at its last real token.
 
-    The read-out starts at zero: every reward is 0 and the first loss is exactly log 2, whatever the seed. It has no
-    bias, which a difference of rewards could not learn. (Ziegler et al. 2019, arXiv 1909.08593, section 2.1, start
+    The read-out starts at zero: every reward is 0 and the first loss is exactly log 2, whatever the seed. It
+    has no bias, which a difference of rewards could not learn. (Stiennon et al. 2020, arXiv 2009.01325, start
     from a small random read-out instead.)
     """
 
@@ -495,10 +502,11 @@ class RewardModel(nn.Module):
         nn.init.zeros_(self.head.weight)
 
     def forward(self, input_ids: Tensor, attention_mask: Tensor | None = None) -> Tensor:
-        """input_ids (B,S), attention_mask (B,S), padding on either side -> scores (B,).
+        """input_ids (B, S), attention_mask (B, S), padding on either side -> scores (B,).
 
-        The last token is found in the mask, never by its id: where the padding id is EOS, a search for the first
-        padding token would stop before the EOS that belongs to the text. Raises ValueError for a row without tokens.
+        The last token is found in the mask, never by its id: where EOS is the padding too, a search for the
+        first padding token would stop before the EOS that belongs to the text.
+        Raises: ValueError for a row without a real token.
         """
         hidden = self.backbone.hidden(input_ids, attention_mask)
         if attention_mask is None:
@@ -510,14 +518,13 @@ class RewardModel(nn.Module):
 
 
 def last_real_position(attention_mask: Tensor) -> Tensor:
-    """(B,S) -> (B,): the last True of each row. `mask.sum() - 1` would be wrong with padding on the left."""
-    return (
-        attention_mask.long() * torch.arange(1, attention_mask.shape[1] + 1, device=attention_mask.device)
-    ).argmax(-1)
+    """(B, S) -> (B,): the last True of each row; with padding on the left `mask.sum(1) - 1` is wrong."""
+    columns = torch.arange(1, attention_mask.shape[1] + 1, device=attention_mask.device)
+    return (attention_mask.long() * columns).argmax(-1)
 
 
 class ValueModel(nn.Module):
-    """A scalar at every position: what the policy can still expect to earn from there. The read-out starts at zero."""
+    """A scalar at every position: what the policy can expect to earn from there on. It starts at zero."""
 
     def __init__(self, backbone: nn.Module):
         super().__init__()
@@ -529,12 +536,12 @@ class ValueModel(nn.Module):
     def forward(
         self, input_ids: Tensor, attention_mask: Tensor | None = None, position_ids: Tensor | None = None
     ) -> Tensor:
-        """input_ids (B,S) -> values (B,S); those at padding mean nothing."""
+        """input_ids (B, S) -> values (B, S); those at padding mean nothing."""
         return scalar_head(self.head, self.backbone.hidden(input_ids, attention_mask, position_ids))
 
 
 class RestrictedVocabulary(nn.Module):
-    """The same model, allowed to say only some tokens: all other logits are -inf, so probabilities renormalise."""
+    """The same model, allowed to say only some tokens: all other logits are -inf. Parameters are shared."""
 
     def __init__(self, model: nn.Module, token_ids: list[int]):
         super().__init__()
@@ -580,7 +587,7 @@ def count_parameters(model: nn.Module) -> int:
     return sum(p.numel() for p in model.parameters())
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 # Files
 
 
@@ -589,10 +596,10 @@ def load_model(
 ) -> tuple[nn.Module, object]:
     """A local folder or a Hugging Face hub id -> (model in eval mode on the device, tokenizer).
 
-    A folder that holds a plain Llama (no bias, no rope scaling) is read into our own `Llama`, anything else into
-    `HFCausalLM`. A tokenizer without a padding token gets its EOS for that: nothing here looks at padding ids.
-    Raises ValueError, with what to do, for a folder that holds no model, a hub id that cannot be fetched, a tokenizer
-    that is missing, has no EOS, or has more tokens than the model.
+    A folder with a plain Llama (no bias, no rope scaling) is read into our own `Llama`, anything else into
+    `HFCausalLM`. A tokenizer without a padding token gets EOS for that: nothing here looks at padding ids.
+    Raises: ValueError, with what to do, for a folder without a model, a hub id that cannot be fetched, and a
+    tokenizer that is missing, has no EOS or has more tokens than the model.
     """
     device = resolve_device(device)
     name = os.fspath(path_or_hub_id)
@@ -600,7 +607,7 @@ def load_model(
     if folder.is_dir():
         if not (folder / "config.json").is_file():
             raise ValueError(
-                f"{name} holds no config.json: give a folder that save_model or transformers' save_pretrained wrote"
+                f"{name} holds no config.json: give a folder that save_model or save_pretrained wrote"
             )
         source = str(folder)
     elif folder.exists() or name.startswith((".", "/", "~")) or "\\" in name or name.count("/") > 1:
@@ -612,20 +619,20 @@ def load_model(
     from transformers import AutoModelForCausalLM, AutoTokenizer  # slow to import, so only here
 
     try:
-        model = (_read_llama(folder, dtype) if folder.is_dir() else None) or HFCausalLM(
-            AutoModelForCausalLM.from_pretrained(source, dtype=dtype)
-        )
+        model = _read_llama(folder, dtype) if folder.is_dir() else None
+        if model is None:
+            model = HFCausalLM(AutoModelForCausalLM.from_pretrained(source, dtype=dtype))
         tokenizer = AutoTokenizer.from_pretrained(source)
     except OSError as error:
         if folder.is_dir():
-            raise ValueError(f"{name} cannot be read as a model and its tokenizer: {error}") from error
+            raise ValueError(f"{name} does not hold a model with its tokenizer: {error}") from error
         raise ValueError(
-            f"{name!r} is no local folder and cannot be fetched from the Hugging Face hub: check the name and the "
-            f"network, or download it elsewhere and give the folder ({_first_line(error)})"
+            f"{name!r} is no local folder and cannot be fetched from the Hugging Face hub: check the name and "
+            f"the network, or download it elsewhere and give its folder ({_first_line(error)})"
         ) from error
     if tokenizer.eos_token_id is None:
         raise ValueError(
-            f"the tokenizer of {name} has no end-of-sequence token: set its eos_token and save it again"
+            f"the tokenizer of {name} has no end-of-sequence token: set its eos_token, save it again"
         )
     if tokenizer.pad_token_id is None:
         tokenizer.pad_token = tokenizer.eos_token
@@ -634,11 +641,11 @@ def load_model(
 
 
 def check_vocabulary(model: nn.Module, tokenizer) -> None:
-    """Raises ValueError where the tokenizer can produce ids the model has no embedding for."""
+    """Raises: ValueError where the tokenizer can produce ids the model has no embedding for."""
     if len(tokenizer) > model.vocab_size:
         raise ValueError(
-            f"the tokenizer has {len(tokenizer)} tokens and the model {model.vocab_size}: they do not belong together; "
-            f"give the tokenizer the model was trained with"
+            f"the tokenizer has {len(tokenizer)} tokens and the model {model.vocab_size}: they do not belong "
+            f"together; give the tokenizer the model was trained with"
         )
 
 
@@ -648,19 +655,23 @@ def _first_line(error: Exception) -> str:
 
 def _read_llama(folder: Path, dtype: torch.dtype) -> Llama | None:
     """Our Llama from config.json and model.safetensors; None where the folder holds anything else."""
-    config = ModelConfig.from_dict(json.loads((folder / "config.json").read_text(encoding="utf-8")))
+    try:
+        config = ModelConfig.from_dict(json.loads((folder / "config.json").read_text(encoding="utf-8")))
+    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        raise ValueError(f"{folder / 'config.json'} is not JSON ({error}): write the model again") from error
     weights = folder / "model.safetensors"
     if config is None or not weights.is_file():
         return None
+    from safetensors import SafetensorError
     from safetensors.torch import load_file
 
-    state = load_file(weights)
-    if config.tie_word_embeddings:
-        state["lm_head.weight"] = state["model.embed_tokens.weight"]
-    model = Llama(config)
     try:
+        state = load_file(weights)
+        if config.tie_word_embeddings and "model.embed_tokens.weight" in state:
+            state["lm_head.weight"] = state["model.embed_tokens.weight"]
+        model = Llama(config)
         model.load_state_dict(state)
-    except RuntimeError as error:
+    except (SafetensorError, RuntimeError) as error:
         raise ValueError(f"{weights} does not fit its config.json: {error}") from error
     return model.to(dtype)
 
@@ -696,9 +707,9 @@ def save_model(model: nn.Module, tokenizer, folder: str | os.PathLike) -> None:
 
 
 def save_progress(path: str | os.PathLike, **state) -> None:
-    """Write step, model, optimizer, log, ... to one file, whole or not at all, so that a killed run can go on.
+    """Write step, model, optimizer, log, ... to one file, whole or not at all, so a killed run can go on.
 
-    Modules and optimizers are stored by their `state_dict()`; everything else must be tensors and plain Python.
+    Modules and optimizers are stored by their `state_dict()`; the rest must be tensors and plain Python.
     """
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -714,7 +725,7 @@ def save_progress(path: str | os.PathLike, **state) -> None:
 def load_progress(path: str | os.PathLike) -> dict | None:
     """What `save_progress` wrote, tensors on the CPU; None where there is no such file yet.
 
-    Raises ValueError for a file that is not one.
+    Raises: ValueError for a file that is not one.
     """
     if not Path(path).is_file():
         return None
