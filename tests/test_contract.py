@@ -8,9 +8,11 @@
 """
 
 import math
+from functools import partial
 
 import pytest
 import torch
+from toys import assert_near
 
 from cs336_alignment.dpo import dpo_gradient_weight, dpo_loss, implicit_reward
 from cs336_alignment.exact import kl_divergence, log_partition, objective, optimal_policy
@@ -95,22 +97,24 @@ def value_and_gradients(function, inputs):
     value = function(*inputs)
     weights = torch.randn(value.shape, generator=torch.Generator().manual_seed(9), dtype=value.dtype)
     gradients = torch.autograd.grad((value * weights).sum(), inputs, allow_unused=True)
-    return value.detach(), [torch.zeros_like(x) if g is None else g for x, g in zip(inputs, gradients)]
+    return value.detach(), [
+        torch.zeros_like(x) if g is None else g for x, g in zip(inputs, gradients, strict=True)
+    ]
 
 
 @masked
 @pytest.mark.parametrize("garbage", [math.inf, -math.inf, math.nan, 1e30])
 def test_what_lies_behind_a_mask_changes_neither_value_nor_gradient(name, garbage):
-    """`x * mask` would fail here: 0 * NaN is NaN. So would replacing after computing: the gradient is NaN then."""
+    """`x * mask` would fail here: 0 * NaN is NaN. So would replacing too late: the gradient is NaN then."""
     count, function = MASKED[name]
     for mask in masks(name):
         clean = draw(count, mask.shape)
         dirty = [x.masked_fill(~mask, garbage) for x in clean]
-        value, gradients = value_and_gradients(lambda *x: function(mask, *x), clean)
-        dirty_value, dirty_gradients = value_and_gradients(lambda *x: function(mask, *x), dirty)
+        value, gradients = value_and_gradients(partial(function, mask), clean)
+        dirty_value, dirty_gradients = value_and_gradients(partial(function, mask), dirty)
         assert value.isfinite().all() and value.abs().sum() > 0
         assert torch.equal(value, dirty_value)
-        for gradient, dirty_gradient in zip(gradients, dirty_gradients):
+        for gradient, dirty_gradient in zip(gradients, dirty_gradients, strict=True):
             assert torch.equal(gradient, dirty_gradient)
             assert (dirty_gradient[~mask] == 0).all()
 
@@ -221,11 +225,11 @@ def test_a_number_given_as_an_option_keeps_its_float64_digits():
 
 @masked
 def test_gradients_of_masked_functions_agree_with_finite_differences(name):
-    """`gradcheck` moves every input a little in float64; it also shows that nothing on the way is detached."""
+    """`gradcheck` moves every input a little; so it also shows that nothing on the way is detached."""
     count, function = MASKED[name]
     for mask in masks(name):
         inputs = [x.requires_grad_() for x in draw(count, mask.shape, seed=1)]
-        assert torch.autograd.gradcheck(lambda *x, mask=mask: function(mask, *x), inputs)
+        assert torch.autograd.gradcheck(partial(function, mask), inputs)
 
 
 @unmasked
@@ -240,7 +244,7 @@ def test_masked_functions_leave_their_arguments_as_they_are(name):
     inputs, mask = draw(count, PREFIX_MASK.shape), PREFIX_MASK.clone()
     function(mask, *inputs)
     assert torch.equal(mask, PREFIX_MASK)
-    assert all(torch.equal(x, y) for x, y in zip(inputs, draw(count, PREFIX_MASK.shape)))
+    assert all(torch.equal(x, y) for x, y in zip(inputs, draw(count, PREFIX_MASK.shape), strict=True))
 
 
 @unmasked
@@ -248,7 +252,7 @@ def test_functions_leave_their_arguments_as_they_are(name):
     count, function = UNMASKED[name]
     inputs = draw(count, (5,))
     function(*inputs)
-    assert all(torch.equal(x, y) for x, y in zip(inputs, draw(count, (5,))))
+    assert all(torch.equal(x, y) for x, y in zip(inputs, draw(count, (5,)), strict=True))
 
 
 @pytest.mark.gpu
@@ -258,4 +262,4 @@ def test_masked_functions_give_the_same_on_a_gpu(name):
     inputs = draw(count, PREFIX_MASK.shape)
     on_gpu = function(PREFIX_MASK.cuda(), *(x.cuda() for x in inputs))
     assert on_gpu.device.type == "cuda"
-    torch.testing.assert_close(on_gpu.cpu(), function(PREFIX_MASK, *inputs), rtol=0, atol=1e-12)
+    assert_near(on_gpu.cpu(), function(PREFIX_MASK, *inputs), 1e-12)

@@ -1,4 +1,4 @@
-"""Small things that several test files use: a tokenizer, a model of a few hundred weights, TRL's golden values."""
+"""What several test files use: a toy tokenizer, a model of a few hundred weights, TRL's golden values."""
 
 import json
 from pathlib import Path
@@ -13,7 +13,7 @@ GOLDEN = json.loads((Path(__file__).parent / "golden" / "trl.json").read_text(en
 
 
 class ToyTokenizer:
-    """ "w5 w3 <eos>" is [5, 3, 1]. With `pad_is_eos`, padding is the token 1 too, as with many real tokenizers."""
+    """ "w5 w3 <eos>" is [5, 3, 1]. With `pad_is_eos` padding is 1 as well, as in many real tokenizers."""
 
     def __init__(self, pad_is_eos: bool = False):
         self.eos_token, self.eos_token_id = "<eos>", EOS
@@ -46,6 +46,14 @@ def tiny_llama(
     return Llama(config).to(dtype)
 
 
+def assert_near(actual, expected, tolerance: float = 1e-6) -> None:
+    """Equal shapes, and no entry further away than `tolerance`. (torch.testing takes seconds to import.)"""
+    actual, expected = torch.as_tensor(actual).detach(), torch.as_tensor(expected).detach()
+    assert actual.shape == expected.shape, f"shape {tuple(actual.shape)}, expected {tuple(expected.shape)}"
+    distance = (actual.double() - expected.double()).abs()
+    assert (distance <= tolerance).all(), f"{distance.max()} from the expected value\n{actual}\n{expected}"
+
+
 def weights_of(model) -> torch.Tensor:
     """All weights in one vector."""
     return torch.cat([weight.detach().flatten() for weight in model.parameters()])
@@ -59,7 +67,7 @@ def golden_llama(weights: dict[str, list]) -> Llama:
 
 
 def golden_scorer(kind: type[RewardModel] | type[ValueModel], weights: dict[str, list]):
-    """Our reward or value model with TRL's weights: a Llama without its output layer, and a `score` without bias."""
+    """Our reward or value model with TRL's weights: a Llama without output layer, a `score` without bias."""
     weights = dict(weights)
     score = torch.tensor(weights.pop("score.weight"))
     weights["lm_head.weight"] = torch.zeros(VOCABULARY, 8).tolist()
