@@ -74,32 +74,32 @@ class CourseError(Exception):
 # Where things are
 
 
-def venv_dir(root=ROOT):
+def venv_dir(root: str = ROOT) -> str:
     return os.path.join(root, ".venv")
 
 
-def scripts_dir(root=ROOT):
+def scripts_dir(root: str = ROOT) -> str:
     return os.path.join(venv_dir(root), "Scripts" if os.name == "nt" else "bin")
 
 
-def venv_python(root=ROOT):
+def venv_python(root: str = ROOT) -> str:
     return os.path.join(scripts_dir(root), "python.exe" if os.name == "nt" else "python")
 
 
-def stamp_path(root=ROOT):
+def stamp_path(root: str = ROOT) -> str:
     return os.path.join(venv_dir(root), "course-installed.json")
 
 
-def marker_path(root=ROOT):
+def marker_path(root: str = ROOT) -> str:
     """Exists while an installation runs: found at the start, the last one was killed."""
     return os.path.join(venv_dir(root), "course-installing")
 
 
-def state_dir(root=ROOT):
+def state_dir(root: str = ROOT) -> str:
     return os.path.join(root, ".course")
 
 
-def say(text=""):
+def say(text: str = "") -> None:
     print(text, flush=True)
 
 
@@ -107,7 +107,7 @@ def say(text=""):
 # Which Python
 
 
-def python_problem(version=None):
+def python_problem(version: tuple | None = None) -> str | None:
     """None, or a sentence saying that this Python is too old and which one on PATH would do."""
     version = tuple(version or sys.version_info[:3])
     if version[:2] >= MIN_PYTHON:
@@ -124,7 +124,7 @@ def python_problem(version=None):
     return text + "\nInstall one (python.org or your package manager) and run this again with it."
 
 
-def answers(command, timeout=30):
+def answers(command: list[str], timeout: float = 30) -> bool:
     """Whether a command runs and exits with 0; never raises, never prints."""
     try:
         done = subprocess.run(
@@ -139,7 +139,7 @@ def answers(command, timeout=30):
     return done.returncode == 0
 
 
-def base_python():
+def base_python() -> str:
     """What `.venv` is made from: never the Python of a virtual environment, which we may delete."""
     return getattr(sys, "_base_executable", None) or sys.executable
 
@@ -148,7 +148,7 @@ def base_python():
 # Settings that have to reach uv, pip and the course
 
 
-def output_of(command, timeout=60):
+def output_of(command: list[str], timeout: float = 60) -> str:
     """Standard output of a command, or "" where it fails."""
     try:
         done = subprocess.run(
@@ -163,7 +163,7 @@ def output_of(command, timeout=60):
     return done.stdout.decode("utf-8", "replace") if done.returncode == 0 else ""
 
 
-def pip_settings(listing=None):
+def pip_settings(listing: str | None = None) -> dict[str, list[str]]:
     """What `pip config list` says (files and environment), as {"find-links": [...], "index-url": [...]}."""
     if listing is None:
         listing = output_of([sys.executable, "-m", "pip", "config", "list"])
@@ -181,7 +181,7 @@ def pip_settings(listing=None):
     return settings
 
 
-def uv_settings(environ, settings):
+def uv_settings(environ: dict, settings: dict[str, list[str]]) -> dict[str, str]:
     """Environment variables that make uv look where pip looks: uv reads none of pip's settings by itself."""
     found = environ.get("PIP_FIND_LINKS", "").split()
     found += [place for place in settings.get("find-links", []) if place not in found]
@@ -194,7 +194,7 @@ def uv_settings(environ, settings):
     return result
 
 
-def can_write(folder):
+def can_write(folder: str) -> bool:
     """Whether a file can be made in a folder, or the nearest parent that exists: tried, not guessed."""
     while not os.path.isdir(folder):
         parent = os.path.dirname(folder)
@@ -211,7 +211,7 @@ def can_write(folder):
     return True
 
 
-def cache_settings(environ, root=ROOT):
+def cache_settings(environ: dict, root: str = ROOT) -> dict[str, str]:
     """Where HOME is missing or read-only: variables that put every cache under `.course` instead."""
     home = environ.get("USERPROFILE" if os.name == "nt" else "HOME") or ""
     cache = environ.get("XDG_CACHE_HOME") or (os.path.join(home, ".cache") if home else "")
@@ -237,7 +237,7 @@ def cache_settings(environ, root=ROOT):
     return result
 
 
-def child_environment(environ, root=ROOT):
+def child_environment(environ: dict, root: str = ROOT) -> dict[str, str]:
     """For all that runs in `.venv`: its scripts come first on PATH (nbgrader calls a bare `alembic`)."""
     child = {name: value for name, value in environ.items() if name not in FOREIGN_VARIABLES}
     child["VIRTUAL_ENV"] = venv_dir(root)
@@ -253,7 +253,7 @@ def child_environment(environ, root=ROOT):
 # What is installed
 
 
-def wanted_hash(root=ROOT, version=None):
+def wanted_hash(root: str = ROOT, version: tuple | None = None) -> str:
     """Changes with pyproject.toml, constraints.txt, Python's minor version and the folder."""
     version = version or sys.version_info
     digest = hashlib.sha256()
@@ -264,7 +264,7 @@ def wanted_hash(root=ROOT, version=None):
     return digest.hexdigest()
 
 
-def read_stamp(root=ROOT):
+def read_stamp(root: str = ROOT) -> dict:
     """The stamp of the last finished installation, or {}."""
     try:
         with open(stamp_path(root), encoding="utf-8") as file:
@@ -274,7 +274,7 @@ def read_stamp(root=ROOT):
     return stamp if isinstance(stamp, dict) else {}
 
 
-def venv_state(root=ROOT):
+def venv_state(root: str = ROOT) -> str:
     """One of "missing", "interrupted", "broken", "other python", "unstamped", "out of date", "ready"."""
     if not os.path.lexists(venv_dir(root)):
         return "missing"
@@ -303,7 +303,7 @@ STATE_TEXT = {
 MADE_ANEW = ("interrupted", "broken", "other python")
 
 
-def find_uv():
+def find_uv() -> list[str] | None:
     """The command that runs uv, or None. A uv on PATH that does not answer (an empty shim) is passed over."""
     for command in (["uv"], [sys.executable, "-m", "uv"]):
         if shutil.which(command[0]) and answers(command + ["--version"]):
@@ -311,7 +311,7 @@ def find_uv():
     return None
 
 
-def choose_installers(environ):
+def choose_installers(environ: dict) -> list[str]:
     """["uv", "pip"], ["pip"] or what COURSE_INSTALLER asks for: tried in this order."""
     forced = environ.get("COURSE_INSTALLER", "").strip().lower()
     if forced not in ("", "uv", "pip"):
@@ -325,7 +325,7 @@ def choose_installers(environ):
     return ["pip"]
 
 
-def install_command(installer, root=ROOT):
+def install_command(installer: str, root: str = ROOT) -> list[str]:
     """The command that installs the course and everything it needs into `.venv`, every version pinned."""
     what = ["-c", os.path.join(root, "constraints.txt"), "-e", root]
     if installer == "uv":
@@ -344,7 +344,7 @@ def install_command(installer, root=ROOT):
     ] + what
 
 
-def has_pip(root=ROOT):
+def has_pip(root: str = ROOT) -> bool:
     return answers([venv_python(root), "-m", "pip", "--version"])
 
 
@@ -353,7 +353,7 @@ def has_pip(root=ROOT):
 
 
 @contextlib.contextmanager
-def one_at_a_time(root=ROOT):
+def one_at_a_time(root: str = ROOT):
     """Two terminals may ask for the environment at once: the second waits. The lock goes with the process."""
     try:
         os.makedirs(state_dir(root), exist_ok=True)
@@ -396,7 +396,7 @@ NOT_PROGRESS = (
 )
 
 
-def run_shown(command, env, log_path, step, lock=None):
+def run_shown(command: list[str], env: dict, log_path: str, step: str, lock=None) -> tuple[int, list[str]]:
     """Run a command; all output to a log, one moving line (or one each 20 s) to the screen. (code, tail)"""
     tail = collections.deque(maxlen=25)
     lines = queue.Queue()
@@ -459,7 +459,7 @@ def run_shown(command, env, log_path, step, lock=None):
     return code, list(tail)
 
 
-def make_venv(root, env, log_path, lock=None):
+def make_venv(root: str, env: dict, log_path: str, lock=None) -> None:
     """Make `.venv` with the standard library; without pip in it where this Python has no ensurepip."""
     for extra in ([], ["--without-pip"]):
         command = [base_python(), "-m", "venv"] + extra + [venv_dir(root)]
@@ -471,18 +471,18 @@ def make_venv(root, env, log_path, lock=None):
     )
 
 
-def indented(lines):
+def indented(lines: list[str]) -> str:
     return "\n".join("    " + line for line in lines)
 
 
-def write_file(path, text):
+def write_file(path: str, text: str) -> None:
     """Whole or not at all: written beside the target and moved into place."""
     with open(path + ".tmp", "w", encoding="utf-8") as file:
         file.write(text)
     os.replace(path + ".tmp", path)
 
 
-def ensure_environment(root=ROOT, environ=None, quiet=False):
+def ensure_environment(root: str = ROOT, environ: dict | None = None, quiet: bool = False) -> None:
     """Make or repair `.venv` unless its stamp says that it is what constraints.txt and pyproject.toml ask."""
     environ = os.environ if environ is None else environ
     if venv_state(root) == "ready":
@@ -495,7 +495,7 @@ def ensure_environment(root=ROOT, environ=None, quiet=False):
             install(root, environ, state, lock)
 
 
-def install(root, environ, state, lock=None):
+def install(root: str, environ: dict, state: str, lock=None) -> None:
     installers = choose_installers(environ)
     say(f"course: {STATE_TEXT[state]}")
     if os.path.islink(venv_dir(root)) and state in MADE_ANEW:
@@ -543,7 +543,7 @@ def install(root, environ, state, lock=None):
     raise CourseError(install_failed(installers[-1], tail, "\n".join(said), log_path))
 
 
-def install_failed(installer, tail, said, log_path):
+def install_failed(installer: str, tail: list[str], said: str, log_path: str) -> str:
     """The installer's last lines and what to try, by what was said (by uv too, where pip came after it)."""
     hints = []
     if re.search(r"No space left|Errno 28|disk quota", said, re.I):
@@ -580,7 +580,7 @@ def install_failed(installer, tail, said, log_path):
 # Handing a verb on
 
 
-def hand_over(arguments, environ=None, root=ROOT):
+def hand_over(arguments: list[str], environ: dict | None = None, root: str = ROOT) -> int:
     """Run `python -m cs336_alignment ...` in `.venv`; its exit code is ours, Ctrl-C is its own business."""
     env = child_environment(os.environ if environ is None else environ, root)
     command = [venv_python(root), "-m", "cs336_alignment"] + list(arguments)
@@ -593,7 +593,7 @@ def hand_over(arguments, environ=None, root=ROOT):
     return run_and_wait(command, env)
 
 
-def run_and_wait(command, env):
+def run_and_wait(command: list[str], env: dict) -> int:
     """What Windows needs instead of exec: the child gets the Ctrl-C too, and we wait for it to finish."""
     process = subprocess.Popen(command, env=env)
     while True:
@@ -627,7 +627,7 @@ print("@@" + json.dumps(out), flush=True)
 """
 
 
-def pinned_versions(text):
+def pinned_versions(text: str) -> dict[str, set[str]]:
     """{name: versions} of a constraints file; a name may stand in several lines with different markers."""
     pins = {}
     for line in text.splitlines():
@@ -637,12 +637,12 @@ def pinned_versions(text):
     return pins
 
 
-def normal(name):
+def normal(name: str) -> str:
     """PEP 503: Jinja2, jinja2 and jinja_2 are one name."""
     return re.sub(r"[-_.]+", "-", name).lower()
 
 
-def version_differences(installed, pins):
+def version_differences(installed: dict[str, str], pins: dict[str, set[str]]) -> list[str]:
     """Lines "name: installed, pinned" where they differ; a local part (2.13.0+cpu) is the same version."""
     lines = []
     for name, version in sorted(installed.items()):
@@ -652,13 +652,13 @@ def version_differences(installed, pins):
     return lines
 
 
-def required_names(pyproject_text):
+def required_names(pyproject_text: str) -> list[str]:
     """The names in pyproject.toml's `dependencies` (read by pattern: an old Python has no tomllib)."""
     block = re.search(r"^dependencies = \[(.*?)^\]", pyproject_text, re.S | re.M)
     return re.findall(r'^\s*"([A-Za-z0-9._-]+)', block.group(1), re.M) if block else []
 
 
-def probe(python, code, env, timeout=120):
+def probe(python: str, code: str, env: dict, timeout: float = 120) -> dict:
     """What a probe printed after "@@", as a dict; or {"error": last line}."""
     try:
         done = subprocess.run(
@@ -678,7 +678,7 @@ def probe(python, code, env, timeout=120):
     return {"error": errors[-1] if errors else f"exit code {done.returncode}"}
 
 
-def memory_gb():
+def memory_gb() -> float | None:
     """Physical memory in GB, or None where the system does not tell."""
     try:
         return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 1e9
@@ -686,7 +686,7 @@ def memory_gb():
         return None
 
 
-def doctor(root=ROOT, environ=None):
+def doctor(root: str = ROOT, environ: dict | None = None) -> int:
     """Look at everything that has to be right; print a line for each; 0 if nothing is wrong, else 1."""
     environ = os.environ if environ is None else environ
     wrong = []
@@ -803,12 +803,12 @@ def doctor(root=ROOT, environ=None):
 # clean
 
 
-def tracked_by_git(path, root=ROOT):
+def tracked_by_git(path: str, root: str = ROOT) -> bool:
     """Whether git tracks anything at a path (False where there is no git or no repository)."""
     return bool(output_of(["git", "-C", root, "ls-files", "--", path]).strip())
 
 
-def made_by_course(root=ROOT):
+def made_by_course(root: str = ROOT) -> list[str]:
     """What `clean` may remove, as paths relative to the checkout: never a notebook, never a tracked file."""
     found = [name for name in (".venv", ".course", "runs", "build", ".pytest_cache", ".ruff_cache")]
     found += [name for name in sorted(os.listdir(root)) if name.endswith(".egg-info")]
@@ -823,7 +823,7 @@ def made_by_course(root=ROOT):
     return [name for name in found if not tracked_by_git(name, root)]
 
 
-def size_of(path):
+def size_of(path: str) -> int:
     """Bytes in a file or folder; links are not followed."""
     if os.path.islink(path) or not os.path.isdir(path):
         return os.lstat(path).st_size
@@ -835,7 +835,7 @@ def size_of(path):
     return total
 
 
-def remove_tree(path):
+def remove_tree(path: str) -> None:
     """Remove a file, link or folder. Read-only files too; what a link points to stays."""
     if os.path.islink(path) or os.path.isfile(path):
         os.remove(path)
@@ -856,7 +856,7 @@ def remove_tree(path):
         raise CourseError(f"cannot remove {path}: is a program still using it?")
 
 
-def remove_but_notebooks(path):
+def remove_but_notebooks(path: str) -> list[str]:
     """Remove a folder, but leave every notebook in it where it is. Returns the notebooks left."""
     kept = []
     if not os.path.islink(path):
@@ -879,7 +879,7 @@ def remove_but_notebooks(path):
     return kept
 
 
-def clean(arguments, root=ROOT, ask=input):
+def clean(arguments: list[str], root: str = ROOT, ask=input) -> int:
     """List what course.py made, ask, remove it."""
     unknown = [word for word in arguments if word not in ("--yes", "-y")]
     if unknown:
@@ -922,7 +922,7 @@ def clean(arguments, root=ROOT, ask=input):
 # ----------------------------------------------------------------------------------------------------
 
 
-def usage():
+def usage() -> str:
     lines = [
         "usage: python3 course.py VERB [options]      (options of a verb: python3 course.py VERB --help)",
         "",
@@ -935,7 +935,7 @@ def usage():
     return "\n".join(lines)
 
 
-def main(arguments=None):
+def main(arguments: list[str] | None = None) -> int:
     arguments = list(sys.argv[1:] if arguments is None else arguments)
     if not arguments or arguments[0] in ("-h", "--help", "help"):
         say(usage())
@@ -963,7 +963,7 @@ def main(arguments=None):
     return hand_over(arguments)
 
 
-def run(arguments=None):
+def run(arguments: list[str] | None = None) -> int:
     """main() with errors shown as a person wants to read them."""
     for stream in (sys.stdout, sys.stderr):
         with contextlib.suppress(AttributeError, ValueError):

@@ -109,7 +109,7 @@ def demo(
 
 def pytest_command(extra: list[str], full: bool, cores: int) -> list[str]:
     """The command of `test`: two workers (one on a single core), all of tests/ unless a path is given."""
-    command = [sys.executable, "-m", "pytest", "-q", "-rfEs" if full else "-rfE"]
+    command = [sys.executable, "-m", "pytest", "-q", "-rfEs"]
     if not any(word.startswith("-n") or word == "--pdb" for word in extra):
         command += ["-n", str(max(1, min(2, cores)))]
     if full:

@@ -1,5 +1,7 @@
 """The verbs: what they call, with which arguments, and how an error looks to the person who made it."""
 
+import importlib
+import inspect
 import subprocess
 import sys
 import types
@@ -57,6 +59,21 @@ def test_demo_passes_its_options_on(monkeypatch, tmp_path):
         "profile": "test",
     }
     assert type(given["profile"]) is str
+
+
+@pytest.mark.parametrize(
+    "module, function, arguments",
+    [
+        ("pipeline", "run_demo", "seed device model out fresh from_scratch profile"),
+        ("real_data", "train_on_file", "stage data format model out seed device steps"),
+        ("world", "describe", ""),
+        ("world_training", "train", ""),
+    ],
+)
+def test_what_a_verb_calls_exists_and_takes_what_it_is_given(module, function, arguments):
+    """The other tests replace these functions, so this one holds the stand-ins to the real signatures."""
+    called = getattr(importlib.import_module(f"cs336_alignment.{module}"), function)
+    inspect.signature(called).bind(**dict.fromkeys(arguments.split()))
 
 
 def test_the_profiles_do_not_share_a_folder(monkeypatch):
