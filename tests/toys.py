@@ -48,9 +48,9 @@ def tiny_llama(
 
 def assert_near(actual, expected, tolerance: float = 1e-6) -> None:
     """Equal shapes, and no entry further away than `tolerance`. (torch.testing takes seconds to import.)"""
-    actual, expected = torch.as_tensor(actual).detach(), torch.as_tensor(expected).detach()
+    actual, expected = (torch.as_tensor(x, dtype=torch.float64).detach() for x in (actual, expected))
     assert actual.shape == expected.shape, f"shape {tuple(actual.shape)}, expected {tuple(expected.shape)}"
-    distance = (actual.double() - expected.double()).abs()
+    distance = (actual - expected).abs()
     assert (distance <= tolerance).all(), f"{distance.max()} from the expected value\n{actual}\n{expected}"
 
 
