@@ -20,7 +20,7 @@ import torch
 from torch import Tensor, nn
 
 from cs336_alignment.models import device_of
-from cs336_alignment.tokens import collate, token_log_probs
+from cs336_alignment.tokens import at_least_float32, collate, token_log_probs
 
 
 @dataclass
@@ -190,7 +190,8 @@ def response_log_probs(model: nn.Module, samples: Samples, temperature: float = 
     hidden = model.hidden(samples.input_ids[:, :-1], samples.attention_mask[:, :-1] if padded else None)
     predicting = hidden[:, samples.prompt_ids.shape[1] - 1 :]  # one position before each response token
     mask = samples.response_mask
-    real = token_log_probs(model.head(predicting[mask]).float() / temperature, samples.response_ids[mask])
+    logits = at_least_float32(model.head(predicting[mask])) / temperature
+    real = token_log_probs(logits, samples.response_ids[mask])
     return real.new_zeros(mask.shape).masked_scatter(mask, real)
 
 

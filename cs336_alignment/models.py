@@ -18,7 +18,6 @@ logits are the same. What this file is not: a place for losses, sampling or trai
 from __future__ import annotations
 
 import contextlib
-import copy
 import dataclasses
 import inspect
 import json
@@ -31,8 +30,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-# ------------------------------------------------------------------------------------------------------------
-# Where and in what precision
+# -------------------------------------------------------------------------------- Where and in what precision
 
 
 def resolve_device(device: str | torch.device = "auto") -> torch.device:
@@ -68,8 +66,7 @@ def device_of(model: nn.Module) -> torch.device:
     return next(model.parameters()).device
 
 
-# ------------------------------------------------------------------------------------------------------------
-# A Llama
+# ---------------------------------------------------------------------------------------------------- A Llama
 
 
 @dataclass(frozen=True)
@@ -389,8 +386,7 @@ def visible_keys(attention_mask: Tensor | None, past: int, size: int, device: to
     return ((key <= query) & attention_mask.bool()[:, None, None, :]) | (key == query)
 
 
-# ------------------------------------------------------------------------------------------------------------
-# Any transformers causal LM
+# --------------------------------------------------------------------------------- Any transformers causal LM
 
 
 class HFCausalLM(nn.Module):
@@ -401,6 +397,7 @@ class HFCausalLM(nn.Module):
         self.hf_model = hf_model
         self.config = hf_model.config.get_text_config()
         self.takes_positions = "position_ids" in inspect.signature(self.decoder.forward).parameters
+        self.train(hf_model.training)  # a new module is in train mode; this one is what it wraps
 
     @property
     def decoder(self) -> nn.Module:
@@ -475,14 +472,13 @@ class HFCausalLM(nn.Module):
         return self.head(self.hidden(input_ids, attention_mask, position_ids, cache))
 
 
-# ------------------------------------------------------------------------------------------------------------
-# Heads and views
+# -------------------------------------------------------------------------------------------- Heads and views
 
 
 def scalar_head(head: nn.Linear, hidden: Tensor) -> Tensor:
     """(..., d) -> (...), in float32 under autocast too: scores are compared; bfloat16 has three digits."""
     with torch.autocast(hidden.device.type, enabled=False):
-        return head(hidden.float()).squeeze(-1)
+        return head(hidden.to(head.weight.dtype)).squeeze(-1)
 
 
 class RewardModel(nn.Module):
@@ -500,6 +496,7 @@ class RewardModel(nn.Module):
             backbone.hidden_size, 1, bias=False, device=device_of(backbone), dtype=torch.float32
         )
         nn.init.zeros_(self.head.weight)
+        self.train(backbone.training)
 
     def forward(self, input_ids: Tensor, attention_mask: Tensor | None = None) -> Tensor:
         """input_ids (B, S), attention_mask (B, S), padding on either side -> scores (B,).
@@ -532,6 +529,7 @@ class ValueModel(nn.Module):
         self.head = nn.Linear(backbone.hidden_size, 1, device=device_of(backbone), dtype=torch.float32)
         nn.init.zeros_(self.head.weight)
         nn.init.zeros_(self.head.bias)
+        self.train(backbone.training)
 
     def forward(
         self, input_ids: Tensor, attention_mask: Tensor | None = None, position_ids: Tensor | None = None
@@ -551,6 +549,7 @@ class RestrictedVocabulary(nn.Module):
         forbidden = torch.ones(model.vocab_size, dtype=torch.bool)
         forbidden[list(token_ids)] = False
         self.register_buffer("forbidden", forbidden.to(device_of(model)), persistent=False)
+        self.train(model.training)
 
     @property
     def vocab_size(self) -> int:
@@ -577,18 +576,12 @@ class RestrictedVocabulary(nn.Module):
         return self.head(self.hidden(*args, **kwargs))
 
 
-def frozen_copy(model: nn.Module) -> nn.Module:
-    """A copy that never learns, in eval mode: the reference policy."""
-    return copy.deepcopy(model).eval().requires_grad_(False)
-
-
 def count_parameters(model: nn.Module) -> int:
     """Numbers in the model; a tied embedding counts once."""
     return sum(p.numel() for p in model.parameters())
 
 
-# ------------------------------------------------------------------------------------------------------------
-# Files
+# ------------------------------------------------------------------------------------------------------ Files
 
 
 def load_model(
@@ -627,13 +620,11 @@ def load_model(
         if folder.is_dir():
             raise ValueError(f"{name} does not hold a model with its tokenizer: {error}") from error
         raise ValueError(
-            f"{name!r} is no local folder and cannot be fetched from the Hugging Face hub: check the name and "
-            f"the network, or download it elsewhere and give its folder ({_first_line(error)})"
+            f"{name!r} is no local folder and cannot be fetched from the Hugging Face hub: check name and "
+            f"network, or download it elsewhere and give its folder ({_first_line(error)})"
         ) from error
     if tokenizer.eos_token_id is None:
-        raise ValueError(
-            f"the tokenizer of {name} has no end-of-sequence token: set its eos_token, save it again"
-        )
+        raise ValueError(f"the tokenizer of {name} has no eos_token: set one and save it again")
     if tokenizer.pad_token_id is None:
         tokenizer.pad_token = tokenizer.eos_token
     check_vocabulary(model, tokenizer)
