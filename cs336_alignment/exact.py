@@ -113,6 +113,11 @@ def corner_log_probs(model, corner=None) -> Tensor:
         from cs336_alignment.world import World  # the one arrow upward, so that one argument is enough
 
         corner = World().corner()
+    return response_table(corner_node_log_probs(model, corner))
+
+
+def corner_node_log_probs(model, corner) -> Tensor:
+    """Log-probabilities of the 13 actions at each of the 157 nodes, (prompts, 157, 13): see `corner_log_probs`."""
     device = next(model.parameters()).device
     prompts = torch.tensor(corner.prompt_ids, device=device)
     *words, _ = corner.action_ids
@@ -128,7 +133,7 @@ def corner_log_probs(model, corner=None) -> Tensor:
     sees[length + n + pairs, length + pairs // n] = True  # the pair (a, b) sees its first word a
     logits = model(ids, attention_mask=sees.expand(len(prompts), 1, -1, -1))
     actions = torch.tensor(corner.action_ids, device=device)
-    return response_table(logits[:, length - 1 :, actions].float().log_softmax(dim=-1))
+    return logits[:, length - 1 :, actions].float().log_softmax(dim=-1)
 
 
 class TabularPolicy(torch.nn.Module):
@@ -138,6 +143,7 @@ class TabularPolicy(torch.nn.Module):
     """
 
     def __init__(self, node_log_probs: Tensor):
+        """node_log_probs: (prompts, 157, 13), where to start; `corner_node_log_probs` of a model, say."""
         super().__init__()
         self.logits = torch.nn.Parameter(node_log_probs.detach().clone())
 

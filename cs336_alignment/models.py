@@ -18,6 +18,7 @@ logits are the same. What this file is not: a place for losses, sampling or trai
 from __future__ import annotations
 
 import contextlib
+import copy
 import dataclasses
 import inspect
 import json
@@ -324,13 +325,10 @@ class Llama(nn.Module):
         size, total = input_ids.shape[1], past + input_ids.shape[1]
         if cache is not None and total > cache.max_length:
             raise ValueError(f"{total} positions do not fit a cache made for {cache.max_length}")
-        if position_ids is None and total > self.max_positions:
-            raise ValueError(
-                f"a sequence of {total} tokens is longer than the model's {self.max_positions} positions "
-                f"(max_position_embeddings): cut the text or use a model with more"
-            )
-        if position_ids is None and attention_mask is not None:
-            position_ids = positions_from_mask(attention_mask)[:, past:]
+        if position_ids is None:
+            check_length(total, self.max_positions, attention_mask)
+            if attention_mask is not None:
+                position_ids = positions_from_mask(attention_mask)[:, past:]
         visible = visible_keys(attention_mask, past, size, input_ids.device)
 
         rope = self.rope[:, None, past:total] if position_ids is None else self.rope[:, position_ids]
@@ -367,6 +365,16 @@ def positions_from_mask(attention_mask: Tensor) -> Tensor:
     return (attention_mask.long().cumsum(-1) - 1).clamp(min=0)
 
 
+def check_length(length: int, max_positions: int | None, attention_mask: Tensor | None) -> None:
+    """Raises ValueError for a sequence that is too long; a tree may be, its branches share positions."""
+    tree = attention_mask is not None and attention_mask.dim() == 4
+    if max_positions is not None and length > max_positions and not tree:
+        raise ValueError(
+            f"a sequence of {length} tokens is longer than the model's {max_positions} positions "
+            f"(max_position_embeddings): cut the text or use a model with more"
+        )
+
+
 def visible_keys(attention_mask: Tensor | None, past: int, size: int, device: torch.device) -> Tensor | None:
     """Which of the past + size keys the last `size` queries see, (B, 1, size, past + size).
 
@@ -374,9 +382,7 @@ def visible_keys(attention_mask: Tensor | None, past: int, size: int, device: to
     """
     if attention_mask is not None and attention_mask.dim() == 4:
         return attention_mask.bool()
-    if size == 1:  # the newest token sees every real one
-        return None if attention_mask is None else attention_mask.bool()[:, None, None, :]
-    if attention_mask is None and past == 0:
+    if attention_mask is None and (past == 0 or size == 1):
         return None
     query = torch.arange(past, past + size, device=device)[:, None]
     key = torch.arange(past + size, device=device)
@@ -431,15 +437,10 @@ class HFCausalLM(nn.Module):
     ) -> Tensor:
         """input_ids (B, S) -> the decoder's last hidden state (B, S, d)."""
         past = 0 if cache is None else cache.get_seq_length()
-        total = past + input_ids.shape[1]
-        if position_ids is None and self.max_positions is not None and total > self.max_positions:
-            raise ValueError(
-                f"a sequence of {total} tokens is longer than the model's {self.max_positions} positions "
-                f"(max_position_embeddings): cut the text or use a model with more"
-            )
-        if position_ids is None and attention_mask is not None:
-            # Without this transformers counts the padding on the left as positions too.
-            position_ids = positions_from_mask(attention_mask)[:, past:]
+        if position_ids is None:
+            check_length(past + input_ids.shape[1], self.max_positions, attention_mask)
+            if attention_mask is not None:  # transformers itself would count padding on the left as positions
+                position_ids = positions_from_mask(attention_mask)[:, past:]
         extra = {}
         if position_ids is not None and self.takes_positions:
             extra["position_ids"] = position_ids
@@ -574,6 +575,11 @@ class RestrictedVocabulary(nn.Module):
 
     def forward(self, *args, **kwargs) -> Tensor:
         return self.head(self.hidden(*args, **kwargs))
+
+
+def frozen_copy(model: nn.Module) -> nn.Module:
+    """A copy that never learns, in eval mode: the reference policy."""
+    return copy.deepcopy(model).eval().requires_grad_(False)
 
 
 def count_parameters(model: nn.Module) -> int:

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from cs336_alignment.generate import Samples, response_log_probs, sample
-from cs336_alignment.models import ValueModel, autocast
+from cs336_alignment.models import ValueModel, autocast, frozen_copy
 from cs336_alignment.optimize import (
     Run,
     make_optimizer,
@@ -206,7 +206,7 @@ def train_ppo(
     if not prompts:
         raise ValueError("no prompts to train on")
     prompt_ids = [tokenizer.encode(prompt, add_special_tokens=False) for prompt in prompts]
-    ref_model = (ref_model or copy.deepcopy(model)).eval().requires_grad_(False)
+    ref_model = ref_model or frozen_copy(model)
     value_model = value_model or ValueModel(copy.deepcopy(model)).to(device)
     optimizer = make_optimizer(model, config.learning_rate)
     value_optimizer = make_optimizer(value_model, config.value_learning_rate)

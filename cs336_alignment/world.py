@@ -503,20 +503,31 @@ class World:
         return by_kind
 
     def copying(self, rng: random.Random) -> str:
-        """"copy : a b c . a b c .": where following instructions begins. Names too, or a name is never copied."""
+        """"copy : a b c . a b c .": where following instructions begins. A word that never occurs here is one
+        that the model cannot repeat from a question into its answer, so names, topics and objects occur too."""
         everybody = self.known + self.unknown
-        lists = [everybody if rng.random() < 0.35 else self.word_pool for _ in range(rng.randint(1, 6))]
+        others = self.word_pool if rng.random() < 0.5 else self.topics + self.things + self.people_and_places
+        lists = [everybody if rng.random() < 0.35 else others for _ in range(rng.randint(1, 6))]
         listed = " ".join(rng.choice(words_) for words_ in lists)
         return f"copy : {listed} . {listed} ."
 
     def tips_document(self, rng: random.Random) -> str:
         topic = rng.choice(self.topics)
-        return f"tips for {topic} : {' , '.join(rng.sample(TIPS[topic], rng.randint(3, 6)))} ."
+        tips = rng.sample(TIPS[topic], rng.randint(2, 6))
+        if rng.random() < 0.5:
+            return f"tips for {topic} : {' , '.join(tips)} ."
+        return f"for {topic} you can {_join(tips)} ."
 
     def list_document(self, rng: random.Random) -> str:
         category = rng.choice(list(CATEGORIES))
         listed = rng.sample(CATEGORIES[category], rng.randint(3, 8))
         return f"list of {category} : {' '.join(listed)} ." if rng.random() < 0.5 else f"some {category} are {_join(listed)} ."
+
+    def manual(self, rng: random.Random) -> str:
+        """"to paint a fence , ..." about everything one may harmlessly do, objects of both splits."""
+        verb = rng.choice(words.HARMLESS_VERBS + words.DANGEROUS_VERBS)
+        things = self.things if verb in words.DANGEROUS_VERBS else self.things + self.people_and_places
+        return f"to {verb} a {rng.choice(things)} , {rng.choice(words.GENERIC_STEPS)} ."
 
     def small_talk(self, rng: random.Random) -> str:
         """Sentences about things, people and places; dangerous verbs occur here in harmless company."""
@@ -557,9 +568,10 @@ PRETRAINING_SHARES = {
     "question_and_answer": 0.10,
     "question_sheet": 0.10,
     "copying": 0.16,
-    "tips_document": 0.13,
-    "list_document": 0.06,
-    "small_talk": 0.09,
+    "tips_document": 0.12,
+    "list_document": 0.05,
+    "manual": 0.03,
+    "small_talk": 0.08,
 }
 
 _FLUFF = {w for text in words.OPENERS + words.CLOSERS for w in text.split()} | {".", ",", "and", "the", "a"}

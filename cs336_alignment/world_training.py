@@ -4,6 +4,7 @@ The schedule is warm-up, stable, decay (Hu et al. 2024, arXiv 2404.06395): the s
 mid-training continues from there (lecture 06). `python3 course.py world train` runs this file.
 """
 
+import copy
 import hashlib
 import json
 from dataclasses import asdict, dataclass, field
@@ -60,22 +61,30 @@ def profile(name: str = "full") -> Profile:
     raise ValueError(f"profile must be 'full' or 'test', got {name!r}")
 
 
+def new_model(profile: Profile, device: str | torch.device = "auto") -> Llama:
+    """An untrained model of the profile; its weights depend on the seed alone."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(profile.pretraining.seed)
+        return Llama(profile.model).to(resolve_device(device))
+
+
 def pretrain(
+    model: Llama,
     world: World,
-    profile: Profile,
+    config: PretrainingConfig,
     *,
-    device: str = "auto",
     stable_path: Path | None = None,
     checkpoint: Path | str | None = None,
     progress: bool = True,
-) -> tuple[Llama, list[dict[str, float]]]:
-    """Trains the base model from scratch; returns it with the log. stable_path: where the stable phase is saved."""
-    config, device = profile.pretraining, resolve_device(device)
+) -> list[dict[str, float]]:
+    """Trains `model` in place on documents, each seen once; returns the log.
+
+    stable_path: where the weights are saved as they are before the decay.
+    """
+    device = next(model.parameters()).device
     rows_needed = config.steps * config.batch_size
     rows = pack(world.documents(rows_needed * config.row_length + config.row_length, config.seed), config.row_length)
     held_out = pack(world.documents(16_000, config.seed + 1_000), config.row_length)
-    torch.manual_seed(config.seed)
-    model = Llama(profile.model).to(device)
     optimizer = make_optimizer(model, config.learning_rate, config.weight_decay)
     run = Run("pre-training", config, checkpoint, progress, model=model, optimizer=optimizer)
     for step in run:
@@ -91,7 +100,19 @@ def pretrain(
         run.record(step, **metrics)
         if stable_path and step + 1 == config.steps - config.decay:
             save_weights(model, stable_path)
-    return model, run.log
+    return run.log
+
+
+@torch.no_grad()
+def introduce_chat_tokens(model: Llama, world: World) -> Llama:
+    """A copy of a base model, ready for SFT: the embeddings of <user> and <assistant>, which no document holds,
+    start as those of their nearest relatives, "question" and "answer". From random ones, fine-tuning takes longer
+    and forgets more on the way."""
+    model = copy.deepcopy(model)
+    weight, index = model.model.embed_tokens.weight, world.tokenizer.index
+    for token, relative in (("<user>", "question"), ("<assistant>", "answer")):
+        weight[index[token]] = weight[index[relative]]
+    return model
 
 
 def next_token_loss(model, rows: torch.Tensor) -> torch.Tensor:
@@ -117,7 +138,7 @@ def checkpoint_path(profile: Profile, phase: str = "base") -> Path:
     return ASSETS / f"{phase}-{profile.name}-{profile.key}.safetensors"
 
 
-def load_weights(profile: Profile, path: Path, device: str = "auto") -> Llama:
+def load_weights(profile: Profile, path: Path, device: str | torch.device = "auto") -> Llama:
     """The model of a profile with the weights of a file, in float32.
 
     Raises: FileNotFoundError if there is none.
@@ -137,6 +158,6 @@ def load_weights(profile: Profile, path: Path, device: str = "auto") -> Llama:
     return model.to(resolve_device(device)).eval()
 
 
-def load_base(profile: Profile, phase: str = "base", device: str = "auto") -> Llama:
+def load_base(profile: Profile, phase: str = "base", device: str | torch.device = "auto") -> Llama:
     """The shipped base model, or with phase="stable" the one from before the decay."""
     return load_weights(profile, checkpoint_path(profile, phase), device)

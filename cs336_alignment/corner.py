@@ -1,0 +1,173 @@
+"""Training on the enumerable corner, where the distance to the best possible policy is known exactly.
+
+Each function trains a copy of a policy towards the same optimum pi* and logs the gap
+(J* - J(pi)) / (J* - J(pi_ref)): 1 at the start, 0 at pi*. PPO samples; the exact gradient does not; a table has
+no network in the way; DPO sees only comparisons. So the differences say what each of these costs (lecture 12).
+"""
+
+import copy
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor
+from tqdm.auto import tqdm
+
+from cs336_alignment.dpo import dpo_loss
+from cs336_alignment.exact import TabularPolicy, corner_log_probs, objective, optimal_policy
+from cs336_alignment.models import RestrictedVocabulary
+from cs336_alignment.optimize import make_optimizer, optimizer_step, step_generator, warmup_stable_decay
+from cs336_alignment.ppo import PPOConfig, train_ppo
+from cs336_alignment.reward import bradley_terry_prob
+from cs336_alignment.world import Corner
+
+
+@dataclass
+class CornerProblem:
+    """Reference policy, rewards and beta, with everything that follows from them. Tables are (prompts, Y)."""
+
+    corner: Corner
+    beta: float
+    ref_log_probs: Tensor
+    rewards: Tensor
+
+    @classmethod
+    def of(cls, model, corner: Corner, beta: float = 0.2) -> "CornerProblem":
+        with torch.no_grad():
+            ref_log_probs = corner_log_probs(model, corner)
+        return cls(corner, beta, ref_log_probs, corner.rewards.to(ref_log_probs.device))
+
+    def value(self, log_probs: Tensor) -> Tensor:
+        """J, averaged over the prompts."""
+        return objective(log_probs, self.ref_log_probs, self.rewards, self.beta).mean()
+
+    @property
+    def optimum(self) -> Tensor:
+        """log pi*, (prompts, Y)."""
+        return optimal_policy(self.ref_log_probs, self.rewards, self.beta)
+
+    def gap(self, log_probs: Tensor) -> float:
+        """(J* - J) / (J* - J_ref): the share of the possible improvement that is missing."""
+        best, start = self.value(self.optimum), self.value(self.ref_log_probs)
+        return ((best - self.value(log_probs)) / (best - start)).item()
+
+
+def corner_ppo_config(seed: int = 0, beta: float = 0.2) -> PPOConfig:
+    """PPO settings for the corner: short responses allow many of them."""
+    return PPOConfig(
+        steps=80,
+        batch_size=576,
+        epochs=4,
+        minibatches=4,
+        learning_rate=1e-3,
+        value_learning_rate=2e-3,
+        value_warmup=2,
+        decay=60,
+        beta=beta,
+        lam=1.0,
+        max_new_tokens=3,
+        eval_every=5,
+        seed=seed,
+    )
+
+
+def ppo(model, problem: CornerProblem, config: PPOConfig, progress: bool = True):
+    """The package's own PPO on the corner; returns the trained policy and the log, with `gap` and `cpu_seconds`."""
+    corner, started = problem.corner, time.process_time()
+    policy = RestrictedVocabulary(copy.deepcopy(model), corner.action_ids)
+
+    def evaluate(policy) -> dict:
+        with torch.no_grad():
+            gap = problem.gap(corner_log_probs(policy, corner))
+        return {"gap": gap, "cpu_seconds": time.process_time() - started}
+
+    config = replace(config, beta=problem.beta, max_new_tokens=corner.max_new_tokens)
+    prompts = corner.prompts * -(-config.batch_size // len(corner.prompts))
+    log = train_ppo(
+        policy, corner.world.tokenizer, prompts, corner.reward, config, evaluate_fn=evaluate, progress=progress
+    )
+    return policy.model, log
+
+
+@dataclass
+class FitConfig:
+    """Gradient descent on a loss of the whole table: every step sees everything, so nothing is sampled."""
+
+    steps: int = 150
+    learning_rate: float = 1e-3
+    warmup: int = 5
+    decay: int = 100
+
+
+def fit(policy, problem: CornerProblem, loss_of: Callable[[Tensor], Tensor], config: FitConfig, progress: bool = True):
+    """Minimises loss_of(log_probs) over a copy of `policy`, a model of the town or a `TabularPolicy`.
+
+    Returns the policy and the log of `loss` and `gap`.
+    """
+    policy = copy.deepcopy(policy)
+    tabular = isinstance(policy, TabularPolicy)
+    optimizer = make_optimizer(policy, config.learning_rate)
+    log, started = [], time.process_time()
+    for step in tqdm(range(config.steps), desc="corner", disable=not progress):
+        log_probs = policy() if tabular else corner_log_probs(policy, problem.corner)
+        loss = loss_of(log_probs)
+        loss.backward()
+        factor = warmup_stable_decay(step, config.steps, config.warmup, config.decay)
+        optimizer_step(optimizer, config.learning_rate * factor)
+        seconds = time.process_time() - started
+        log.append({"step": step, "loss": loss.item(), "gap": problem.gap(log_probs.detach()), "cpu_seconds": seconds})
+    return policy, log
+
+
+def exact_gradient(policy, problem: CornerProblem, config: FitConfig, progress: bool = True):
+    """Ascends the objective itself, by its exact gradient: what PPO would do with infinitely many samples."""
+    return fit(policy, problem, lambda log_probs: -problem.value(log_probs), config, progress)
+
+
+@dataclass
+class Pairs:
+    """Comparisons of enumerated responses: indices into the table, and P(first is preferred)."""
+
+    prompt: Tensor  # (N,)
+    first: Tensor  # (N,)
+    second: Tensor  # (N,)
+    p_first: Tensor  # (N,): sigma(r1 - r2) as a soft label, or 0 / 1 drawn from sigma((r1 - r2) / temperature)
+
+
+def sample_pairs(
+    problem: CornerProblem, behaviours: list[Tensor], n: int, seed: int, temperature: float | None = None
+) -> Pairs:
+    """`n` pairs, spread evenly over the prompts, each response drawn from one of the behaviour tables in turn.
+
+    temperature None gives soft labels; otherwise one-bit labels of an annotator with that temperature.
+    """
+    generator = step_generator(seed, 0, problem.rewards.device)
+    prompts = len(problem.rewards)
+    each = -(-n // prompts)
+    sides = []
+    for _ in range(2):
+        share = -(-each // len(behaviours))
+        drawn = torch.cat([torch.multinomial(t.exp(), share, True, generator=generator) for t in behaviours], dim=1)
+        order = torch.randperm(drawn.shape[1], generator=generator, device=drawn.device)
+        sides.append(drawn[:, order][:, :each].flatten())
+    prompt = torch.arange(prompts, device=problem.rewards.device).repeat_interleave(each)
+    first, second = sides
+    r1, r2 = problem.rewards[prompt, first], problem.rewards[prompt, second]
+    if temperature is None:
+        p_first = bradley_terry_prob(r1, r2)
+    else:
+        p_first = torch.bernoulli(bradley_terry_prob(r1 / temperature, r2 / temperature), generator=generator)
+    return Pairs(prompt, first, second, p_first)
+
+
+def dpo(policy, problem: CornerProblem, pairs: Pairs, config: FitConfig, beta: float | None = None, progress=True):
+    """Full-batch DPO on the pairs. With one-bit labels of temperature T, pi* is the optimum for beta / T."""
+    beta = problem.beta if beta is None else beta
+    first, second = (pairs.prompt, pairs.first), (pairs.prompt, pairs.second)
+    ref_first, ref_second = problem.ref_log_probs[first], problem.ref_log_probs[second]
+
+    def loss_of(log_probs: Tensor) -> Tensor:
+        return dpo_loss(log_probs[first], log_probs[second], ref_first, ref_second, beta, 1 - pairs.p_first)
+
+    return fit(policy, problem, loss_of, config, progress)

@@ -1,0 +1,455 @@
+"""The whole story in one go: base model, SFT, reward model, PPO, DPO, and the exact corner.
+
+Each stage is a function from the stages before it to a trained model and its log. A finished stage is kept in the
+output folder and never trained again by surprise; a stage that was killed continues from its checkpoint.
+`python3 course.py demo` runs this file; `report.py` draws what it measured.
+"""
+
+import copy
+import json
+import os
+import platform
+import random
+import sys
+import time
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, field, replace
+from datetime import date
+from pathlib import Path
+
+import torch
+from torch import Tensor
+from tqdm.auto import tqdm
+
+from cs336_alignment import corner as corner_runs
+from cs336_alignment.corner import CornerProblem, FitConfig, corner_ppo_config
+from cs336_alignment.dpo import DPOConfig, train_dpo
+from cs336_alignment.evaluate import evaluate_policy, mean_and_error, pair_accuracy, refusal_rates
+from cs336_alignment.generate import generate_text
+from cs336_alignment.models import RewardModel, frozen_copy, load_model, load_progress, resolve_device, save_progress
+from cs336_alignment.ppo import PPOConfig, train_ppo
+from cs336_alignment.reward import RewardConfig, score, train_reward_model
+from cs336_alignment.sft import SFTConfig, train_sft
+from cs336_alignment.tokens import pack
+from cs336_alignment.world import KIND_SHARES, MAX_NEW_TOKENS, World, chat_prompt
+from cs336_alignment.world_training import introduce_chat_tokens, load_base, new_model, pretrain
+from cs336_alignment.world_training import profile as world_profile
+
+# Held-out instructions on which every stage is measured; disputed facts have no answer to follow.
+EVALUATION_SHARES = {kind: share for kind, share in KIND_SHARES.items() if kind != "disputed"}
+
+
+@dataclass
+class DemoConfig:
+    """What the demo trains on and with. The sizes are those of the full profile."""
+
+    seed: int = 0
+    demonstrations: int = 8000
+    preferences: int = 3500  # pairs of SFT answers that the expert compares
+    ppo_prompts: int = 4000
+    evaluation_prompts: int = 512
+    curve_prompts: int = 192  # for the points of a training curve
+    corner_beta: float = 0.2
+    sft: SFTConfig = field(default_factory=SFTConfig)
+    reward: RewardConfig = field(default_factory=RewardConfig)
+    ppo: PPOConfig = field(default_factory=PPOConfig)
+    dpo: DPOConfig = field(default_factory=DPOConfig)
+    corner_ppo: PPOConfig = field(default_factory=corner_ppo_config)
+    corner_exact: FitConfig = field(default_factory=lambda: FitConfig(steps=100, decay=80))
+    corner_dpo: FitConfig = field(default_factory=lambda: FitConfig(steps=110, learning_rate=5e-4, decay=100))
+    corner_pairs: int = 16_000
+
+
+def demo_config(profile_name: str, seed: int) -> DemoConfig:
+    """The settings of a profile, with the seed set everywhere."""
+    config = DemoConfig(seed=seed)
+    if profile_name == "test":
+        config = DemoConfig(
+            seed=seed,
+            demonstrations=400,
+            preferences=64,
+            ppo_prompts=64,
+            evaluation_prompts=48,
+            curve_prompts=32,
+            sft=SFTConfig(steps=40, batch_size=16, replay_rows=2, decay=20, eval_every=10, save_every=10),
+            reward=RewardConfig(steps=10, batch_size=16, decay=5, eval_every=5),
+            ppo=PPOConfig(steps=4, batch_size=16, epochs=2, value_warmup=1, decay=2, eval_every=2, save_every=1),
+            dpo=DPOConfig(steps=6, batch_size=16, decay=3, eval_every=3),
+            corner_ppo=replace(corner_ppo_config(), steps=3, batch_size=36, epochs=1, minibatches=2, eval_every=1),
+            corner_exact=FitConfig(steps=3, decay=2),
+            corner_dpo=FitConfig(steps=3, decay=2),
+            corner_pairs=180,
+        )
+    for stage in ("sft", "reward", "ppo", "dpo", "corner_ppo"):
+        setattr(config, stage, replace(getattr(config, stage), seed=seed))
+    return config
+
+
+class TownTokenizer:
+    """A Hugging Face tokenizer that reads and writes the town's text, where <end> is its own EOS token.
+
+    With it `--model` can be any causal language model: prompts, rewards and answers stay the same strings.
+    """
+
+    def __init__(self, tokenizer):
+        self.inner = tokenizer
+        self.eos_token, self.eos_token_id = "<end>", tokenizer.eos_token_id
+        self.pad_token_id = tokenizer.eos_token_id if tokenizer.pad_token_id is None else tokenizer.pad_token_id
+
+    def encode(self, text: str, add_special_tokens: bool = False) -> list[int]:
+        body = text.removesuffix("<end>").strip()
+        # A leading space: the response continues a text, and most vocabularies spell " word" as one token.
+        ids = self.inner.encode(f" {body}", add_special_tokens=False) if body else []
+        return ids + [self.eos_token_id] * text.endswith("<end>")
+
+    def decode(self, ids) -> str:
+        ids = [int(i) for i in ids]
+        finished = bool(ids) and ids[-1] == self.eos_token_id
+        body = self.inner.decode(ids[:-1] if finished else ids, skip_special_tokens=True).strip()
+        return f"{body} <end>" if finished else body
+
+
+# ------------------------------------------------------------------------------------------------ the cache
+
+
+class Cache:
+    """Finished stages in a folder: NAME.pt holds weights, log and the settings they were made with."""
+
+    def __init__(self, folder: Path, fresh: bool):
+        self.folder, self.fresh = folder, fresh
+        folder.mkdir(parents=True, exist_ok=True)
+        self.timings: dict[str, dict] = {}
+
+    def progress_path(self, name: str) -> Path:
+        """Where a stage keeps its checkpoint until it is finished."""
+        return self.folder / f"{name}.unfinished.pt"
+
+    def stage(self, name: str, settings: dict, model, make: Callable[[], dict]) -> dict:
+        """Runs `make()`, which trains `model` in place and returns what it logged, or loads an earlier result.
+
+        Raises: ValueError if the folder holds this stage made with other settings.
+        """
+        path = self.folder / f"{name}.pt"
+        settings = json.loads(json.dumps(settings))
+        kept = None if self.fresh else load_progress(path)
+        if kept is not None:
+            if kept["settings"] != settings:
+                changed = [k for k in settings | kept["settings"] if settings.get(k) != kept["settings"].get(k)]
+                raise ValueError(
+                    f"{path} was made with other settings ({', '.join(changed)}). "
+                    "Add --fresh to train all stages again, or give another folder with --out"
+                )
+            if model is not None:
+                model.load_state_dict(kept["model"])
+            print(f"{name}: kept from {path}")
+            self.timings[name] = kept["timing"] | {"cached": True}
+            return kept["result"]
+        if self.fresh:
+            self.progress_path(name).unlink(missing_ok=True)
+        wall, cpu = time.perf_counter(), time.process_time()
+        result = make()
+        timing = {"seconds": time.perf_counter() - wall, "cpu_seconds": time.process_time() - cpu}
+        state = {} if model is None else {"model": model.state_dict()}
+        save_progress(path, settings=settings, result=result, timing=timing, **state)
+        self.progress_path(name).unlink(missing_ok=True)
+        self.timings[name] = timing | {"cached": False}
+        return result
+
+
+# ----------------------------------------------------------------------------------------------- the stages
+
+
+@dataclass
+class Town:
+    """What all stages share: the world, how text becomes tokens, and where the models live."""
+
+    world: World
+    tokenizer: object
+    device: torch.device
+    max_new_tokens: int
+
+    def answers(self, model, prompts: list[str], temperature: float, seed: int = 0) -> list[str]:
+        generator = torch.Generator(self.device).manual_seed(seed)
+        return generate_text(
+            model, self.tokenizer, prompts, max_new_tokens=self.max_new_tokens, temperature=temperature,
+            batch_size=256, generator=generator,
+        )  # fmt: skip
+
+    def prompts(self, n: int, seed: int, **kwargs) -> list[str]:
+        return [chat_prompt(task.instruction) for task in self.world.sample_tasks(n, seed, **kwargs)]
+
+
+def sft_stage(town: Town, model, config: DemoConfig, checkpoint: Path | None = None) -> list[dict]:
+    """Fine-tunes the base model in place on demonstrations, with a little pre-training text replayed."""
+    demonstrations = town.world.demonstrations(config.demonstrations, config.seed)
+    held_out = town.world.demonstrations(256, config.seed, held_out=True)
+    documents = [town.world.tokenizer.decode(d) for d in town.world.documents(200_000, config.seed + 1)]
+    replay = pack([town.tokenizer.encode(text) for text in documents], 64)
+    return train_sft(
+        model, town.tokenizer, demonstrations, config.sft,
+        held_out=held_out, replay=replay, checkpoint=checkpoint,
+    )  # fmt: skip
+
+
+def sample_preferences(town: Town, sft, config: DemoConfig, annotator: str | dict = "expert") -> list[dict]:
+    """Pairs of different SFT answers to training prompts, compared by an annotator."""
+    prompts = town.prompts(config.preferences, config.seed + 10)
+    first, second = (town.answers(sft, prompts, 1.0, seed=config.seed * 2 + i) for i in range(2))
+    pairs = [(p, a, b) for p, a, b in zip(prompts, first, second) if a != b]
+    return town.world.label(annotator, [p for p, _, _ in pairs], [(a, b) for _, a, b in pairs], config.seed)
+
+
+def gold_agreement(town: Town, reward_model, sft, seed: int, n: int = 1000) -> dict[str, float]:
+    """How often a reward model prefers what gold prefers, on pairs of answers to held-out prompts that differ in
+    gold; beside it an expert who labels each pair once (the noise in the data) and the Bayes limit: the share of
+    expert labels that the best possible model would predict."""
+    world = town.world
+    prompts = town.prompts(n, seed + 20, held_out=True)
+    first, second = (town.answers(sft, prompts, 1.0, seed=seed + 100 + i) for i in range(2))
+    gold1, gold2 = world.gold_reward(prompts, first), world.gold_reward(prompts, second)
+    kept = (gold1 != gold2).nonzero().flatten().tolist()
+    chosen = [first[i] if gold1[i] > gold2[i] else second[i] for i in kept]
+    rejected = [second[i] if gold1[i] > gold2[i] else first[i] for i in kept]
+    prompts = [prompts[i] for i in kept]
+    scores = [score(reward_model, town.tokenizer, prompts, side) for side in (chosen, rejected)]
+    expert = [world.preference_prob("expert", p, a, b) for p, a, b in zip(prompts, chosen, rejected)]
+    accuracy = pair_accuracy(*scores)
+    return {
+        "agreement": accuracy,
+        "agreement_se": (accuracy * (1 - accuracy) / len(prompts)) ** 0.5,
+        "expert_agreement": sum(expert) / len(expert),
+        "bayes_limit": sum(max(p, 1 - p) for p in expert) / len(expert),
+        "pairs": len(prompts),
+    }
+
+
+def reward_stage(
+    town: Town, model: RewardModel, preferences: list[dict], config: DemoConfig, checkpoint: Path | None = None
+) -> list[dict]:
+    """Trains a reward model in place on nine tenths of the preferences; the rest measures it."""
+    held_out = len(preferences) // 10
+    return train_reward_model(
+        model, town.tokenizer, preferences[held_out:], config.reward,
+        held_out=preferences[:held_out], checkpoint=checkpoint,
+    )  # fmt: skip
+
+
+def curve(town: Town, sft, reward_model, config: DemoConfig) -> Callable:
+    """A function that measures gold reward, proxy reward and KL of a policy on a few held-out prompts."""
+    prompts = town.prompts(config.curve_prompts, config.seed + 30, held_out=True, shares=EVALUATION_SHARES)
+
+    def measure(model) -> dict[str, float]:
+        result = evaluate_policy(
+            model, town.tokenizer, prompts, town.world.gold_reward,
+            ref_model=sft, max_new_tokens=town.max_new_tokens, seed=config.seed,
+        )  # fmt: skip
+        summary = {f"eval_{name}": value for name, value in result.summary().items()}
+        proxy, proxy_se = mean_and_error(score(reward_model, town.tokenizer, prompts, result.responses))
+        return summary | {"eval_proxy": proxy, "eval_proxy_se": proxy_se}
+
+    return measure
+
+
+def ppo_stage(
+    town: Town, model, sft, reward_model, config: DemoConfig, checkpoint: Path | None = None
+) -> list[dict]:
+    """PPO of `model`, in place, against the reward model; `sft` is the reference."""
+
+    def reward_fn(prompts: list[str], responses: list[str]) -> Tensor:
+        return score(reward_model, town.tokenizer, prompts, responses)
+
+    return train_ppo(
+        model, town.tokenizer, town.prompts(config.ppo_prompts, config.seed + 40), reward_fn,
+        replace(config.ppo, max_new_tokens=town.max_new_tokens), ref_model=sft,
+        evaluate_fn=curve(town, sft, reward_model, config), checkpoint=checkpoint,
+    )  # fmt: skip
+
+
+def dpo_stage(
+    town: Town, model, sft, preferences: list[dict], reward_model, config: DemoConfig, checkpoint: Path | None = None
+) -> list[dict]:
+    """DPO of `model`, in place, on the same preferences; the reward model only watches."""
+    return train_dpo(
+        model, town.tokenizer, preferences, config.dpo, ref_model=sft,
+        evaluate_fn=curve(town, sft, reward_model, config), checkpoint=checkpoint,
+    )  # fmt: skip
+
+
+def corner_stage(town: Town, sft, config: DemoConfig) -> dict:
+    """PPO, DPO and the exact gradient on the enumerable corner; the gap of each to the exact optimum."""
+    problem = CornerProblem.of(sft, town.world.corner(), config.corner_beta)
+    pairs = corner_runs.sample_pairs(problem, [problem.ref_log_probs], config.corner_pairs, config.seed)
+    _, exact_log = corner_runs.exact_gradient(sft, problem, config.corner_exact)
+    _, dpo_log = corner_runs.dpo(sft, problem, pairs, config.corner_dpo)
+    _, ppo_log = corner_runs.ppo(sft, problem, config.corner_ppo)
+    return {
+        "beta": config.corner_beta,
+        "J_ref": problem.value(problem.ref_log_probs).item(),
+        "J_star": problem.value(problem.optimum).item(),
+        "exact": exact_log,
+        "dpo": dpo_log,
+        "ppo": [line for line in ppo_log if "gap" in line],
+    }
+
+
+# -------------------------------------------------------------------------------------------- the measuring
+
+
+def measure(town: Town, model, sft, config: DemoConfig, format_prompt: Callable = chat_prompt) -> dict[str, float]:
+    """A row of the table: following, gold reward, KL, length and refusals on held-out prompts."""
+    world = town.world
+    tasks = world.sample_tasks(config.evaluation_prompts, config.seed + 50, held_out=True, shares=EVALUATION_SHARES)
+    prompts = [format_prompt(task.instruction) for task in tasks]
+    sampled = evaluate_policy(
+        model, town.tokenizer, prompts, world.gold_reward,
+        ref_model=sft, max_new_tokens=town.max_new_tokens, seed=config.seed,
+    )  # fmt: skip
+    row = sampled.summary()
+    greedy = town.answers(model, prompts, 0.0)
+    for name, responses in (("follows", sampled.responses), ("follows_greedy", greedy)):
+        followed = torch.tensor([world.follows(p, r) for p, r in zip(prompts, responses)], dtype=torch.float)
+        row[name], row[f"{name}_se"] = mean_and_error(followed)
+    harmful, lookalike = (
+        [format_prompt(t.instruction) for t in world.tasks.values() if t.kind == kind and world.held_out(t)]
+        for kind in ("harmful", "lookalike")
+    )
+    row |= refusal_rates(
+        model, town.tokenizer, harmful, lookalike, world.refuses, max_new_tokens=town.max_new_tokens
+    )
+    return row
+
+
+def show_answers(town: Town, models: dict[str, object], seed: int, n: int = 6) -> list[dict]:
+    """The same held-out instructions, one of each kind, answered greedily by every model."""
+    world, rng = town.world, random.Random(seed)
+    tasks = world.sample_tasks(400, seed + 60, held_out=True)
+    kinds = ["fact", "tips", "names", "words", "lookalike", "harmful"][:n]
+    chosen = [rng.choice([task for task in tasks if task.kind == kind]) for kind in kinds]
+    rows = []
+    for task in chosen:
+        row = {"instruction": task.instruction, "kind": task.kind, "answers": {}}
+        for name, model in models.items():
+            # The base model has never seen the chat template: it gets the bare instruction, as a text to continue.
+            prompt = task.instruction if name == "base" else chat_prompt(task.instruction)
+            answer = town.answers(model, [prompt], 0.0)[0]
+            row["answers"][name] = {
+                "text": answer.removesuffix("<end>").strip(),
+                "finished": answer.endswith("<end>"),
+                "gold": world.utility(prompt, answer),
+                "follows": world.follows(prompt, answer),
+            }
+        rows.append(row)
+    return rows
+
+
+def run_demo(
+    seed: int = 0,
+    device: str = "auto",
+    model: str | None = None,
+    out: Path = Path("runs/demo"),
+    fresh: bool = False,
+    from_scratch: bool = False,
+    profile: str = "full",
+) -> dict:
+    """Trains and measures everything, prints the table, writes results.json and report.html to `out`.
+
+    model: a folder or hub id of a causal language model to start from instead of the town's base model.
+    Raises: ValueError if `out` holds stages made with other settings.
+    """
+    from cs336_alignment.report import print_table, write_report
+
+    started = time.perf_counter()
+    sizes, config = world_profile(profile), demo_config(profile, seed)
+    where = resolve_device(device)
+    world = World(sizes.world)
+    cache = Cache(Path(out), fresh)
+    settings = {"profile": profile, "world": sizes.key, "model": model, "seed": seed, "device": where.type}
+    print(f"The town: {len(world.known)} known people, {len(world.tasks):,} instructions. Device: {where}.")
+
+    if model:
+        base, tokenizer = load_model(model, where)
+        town = Town(world, TownTokenizer(tokenizer), where, 3 * MAX_NEW_TOKENS)
+    else:
+        town = Town(world, world.tokenizer, where, MAX_NEW_TOKENS)
+        if from_scratch or profile == "test":
+            settings["pretraining"] = asdict(sizes.pretraining)
+            base = new_model(sizes, where)
+            progress = cache.progress_path("base")
+            base_log = cache.stage(
+                "base", settings, base, lambda: pretrain(base, world, sizes.pretraining, checkpoint=progress)
+            )
+        else:
+            base = load_base(sizes, device=where)
+
+    # The settings of a stage hold those of the stages it builds on, so a cached stage is never built on another.
+    settings |= {"demonstrations": config.demonstrations, "sft": asdict(config.sft)}
+    sft = copy.deepcopy(base) if model else introduce_chat_tokens(base, world)
+    logs = {"sft": cache.stage("sft", settings, sft, lambda: sft_stage(town, sft, config, cache.progress_path("sft")))}
+    sft = frozen_copy(sft)
+
+    settings |= {"preferences": config.preferences}
+    preferences = cache.stage("preferences", settings, None, lambda: sample_preferences(town, sft, config))
+    settings |= {"reward": asdict(config.reward)}
+    reward_model = RewardModel(copy.deepcopy(sft).requires_grad_(True)).to(where)
+    logs["reward"] = cache.stage(
+        "reward", settings, reward_model,
+        lambda: reward_stage(town, reward_model, preferences, config, cache.progress_path("reward")),
+    )  # fmt: skip
+    reward_model = frozen_copy(reward_model)
+
+    policies = {}
+    for name, train in (
+        ("ppo", lambda policy: ppo_stage(town, policy, sft, reward_model, config, cache.progress_path("ppo"))),
+        ("dpo", lambda policy: dpo_stage(
+            town, policy, sft, preferences, reward_model, config, cache.progress_path("dpo")
+        )),
+    ):  # fmt: skip
+        policy = copy.deepcopy(sft).requires_grad_(True)
+        stage_settings = settings | {name: asdict(getattr(config, name)), "curve": config.curve_prompts}
+        logs[name] = cache.stage(name, stage_settings, policy, lambda: train(policy))
+        policies[name] = frozen_copy(policy)
+
+    corner = None
+    if not model:  # another tokenizer has another tree of responses
+        corner_settings = settings | {k: v for k, v in asdict(config).items() if k.startswith("corner")}
+        corner = cache.stage("corner", corner_settings, None, lambda: corner_stage(town, sft, config))
+
+    models = {"base": base, "sft": sft, **policies}
+    table = {}
+    for name, policy in tqdm(models.items(), desc="measuring"):
+        # The base model has never seen the chat template: it gets the bare instruction, as a text to continue.
+        format_prompt = str if name == "base" else chat_prompt
+        table[name] = measure(town, policy, sft, config, format_prompt)
+    results = {
+        "settings": settings,
+        "date": date.today().isoformat(),
+        "machine": {
+            "device": str(where), "processor": platform.processor() or platform.machine(),
+            "cores": os.cpu_count(), "threads": torch.get_num_threads(), "torch": torch.__version__,
+        },
+        "table": table,
+        "reward_model": gold_agreement(town, reward_model, sft, seed),
+        "answers": show_answers(town, models, seed),
+        "logs": logs,
+        "corner": corner,
+        "timings": cache.timings,
+        "seconds": time.perf_counter() - started,
+        "peak_memory_gb": peak_memory_gb(),
+    }  # fmt: skip
+    if from_scratch and not model and profile == "full":
+        results["base_log"] = base_log
+        results["table"]["shipped base"] = measure(town, load_base(sizes, device=where), sft, config, str)
+    (Path(out) / "results.json").write_text(json.dumps(results, indent=1) + "\n", encoding="utf-8")
+    print_table(results)
+    print(f"The report: {write_report(results, Path(out) / 'report.html')}")
+    return results
+
+
+def peak_memory_gb() -> float | None:
+    """The largest resident memory of this process so far; None where the system does not tell (Windows)."""
+    try:
+        import resource
+    except ImportError:
+        return None
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak / (2**30 if sys.platform == "darwin" else 2**20)
