@@ -190,7 +190,7 @@ def test_a_reward_model_learns_what_the_annotator_likes():
 
 @pytest.mark.parametrize("pad_is_eos", [False, True])
 def test_a_score_does_not_depend_on_its_neighbours(pad_is_eos):
-    """Not on the batch size, nor on padding. The last token is not found by its id: padding may be EOS too."""
+    """Not on the batch size, nor on padding. The last token is not found by its id: padding may be EOS."""
     model, tokenizer = RewardModel(tiny_llama()), ToyTokenizer(pad_is_eos)
     model.head.weight.data.normal_()
     prompts = [p["prompt"] for p in PREFERENCES] * 2

@@ -39,7 +39,7 @@ def tiny_llama(
         intermediate_size=16,
         num_hidden_layers=1,
         num_attention_heads=2,
-        max_position_embeddings=64,
+        max_position_embeddings=256,
         tie_word_embeddings=False,
         initializer_range=std,
     )
