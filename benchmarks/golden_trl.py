@@ -367,6 +367,7 @@ def ppo_update(folder: str) -> dict:
     return {
         "weights_before": start,
         "settings": {
+            "temperature": config.temperature,
             "kl_coef": config.kl_coef,
             "gamma": config.gamma,
             "lam": config.lam,
