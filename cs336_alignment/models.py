@@ -388,7 +388,7 @@ def visible_keys(attention_mask: Tensor | None, past: int, size: int, device: to
     key = torch.arange(past + size, device=device)
     if attention_mask is None:
         return (key <= query)[None, None]
-    # A padded query sees itself: a softmax over nothing would be NaN, and NaN times a mask of 0 is still NaN.
+    # A padded query sees itself: over nothing at all, some attention kernels return NaN, and 0 * NaN is NaN.
     return ((key <= query) & attention_mask.bool()[:, None, None, :]) | (key == query)
 
 

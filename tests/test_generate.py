@@ -213,14 +213,26 @@ def test_the_same_generator_gives_the_same_samples_and_another_gives_others():
     assert first.responses() != other.responses()
 
 
+class Wander(Countdown):
+    """From 50 on, every token up to 99 may follow; below, Countdown."""
+
+    def head(self, hidden):
+        anything = torch.arange(self.vocab_size) >= 50
+        return torch.where(hidden >= 50, anything * 200.0, super().head(hidden))
+
+
 def test_what_a_row_says_does_not_depend_on_when_the_others_stop():
-    model = llama()
-    long, stops = [5, 6, 7], []
-    for neighbour in ([[2], [3], [4]], [[8], [9], [11]], [[2], [8], [10]]):
-        samples = sample(model, [long, *neighbour], **RAGGED, pad_token_id=PAD, generator=generator(1))
-        stops.append((samples.responses()[0], samples.response_mask[1:].sum(1).tolist()))
-    assert len({str(lengths) for _, lengths in stops}) > 1
-    assert stops[0][0] == stops[1][0] == stops[2][0] and len(stops[0][0]) > 5
+    said, batches = [], []
+    for neighbours in ([[1], [1], [1]], [[40], [40], [40]], [[2], [30], [3]]):
+        model = Wander()
+        prompts = [neighbours[0], [50], *neighbours[1:]]
+        samples = sample(
+            model, prompts, max_new_tokens=8, eos_token_id=0, pad_token_id=0, generator=generator()
+        )
+        said.append(samples.responses()[1])
+        batches.append(model.batches[-1])
+    assert batches == [1, 4, 2]
+    assert said[0] == said[1] == said[2] and len(set(said[0])) > 4
 
 
 def test_sampling_from_a_restricted_vocabulary_says_only_allowed_tokens():

@@ -140,6 +140,13 @@ def test_what_stands_in_the_padding_never_matters(side):
     assert all(torch.equal(a, b) for a, b in zip(gradients, other_gradients, strict=True))
 
 
+def test_every_query_sees_itself_and_else_only_real_keys_before_it():
+    mask = torch.tensor([[False, False, True, True]])
+    expected = [[1, 0, 0, 0], [0, 1, 0, 0], [0, 0, 1, 0], [0, 0, 1, 1]]
+    assert models.visible_keys(mask, 0, 4, mask.device)[0, 0].int().tolist() == expected
+    assert models.visible_keys(mask, 2, 2, mask.device)[0, 0].int().tolist() == expected[2:]
+
+
 def test_right_padding_needs_no_mask():
     model = llama()
     ids, mask = pad(PROMPTS, "right")
@@ -166,6 +173,8 @@ def test_a_tree_mask_gives_every_branch_the_logits_of_its_own_sequence(kind):
     logits = model(ids, sees[None, None])[0]
     assert close(logits[:4], model(torch.tensor([[5, 6, 7, 8]]))[0])
     assert close(logits[4], model(torch.tensor([[5, 6, 9]]))[0, -1])
+    wide = torch.full((1, 40), 9)  # more nodes than the model has positions, none deep
+    assert close(model(wide, torch.eye(40, dtype=torch.bool)[None, None])[0, 39], model(wide[:, :1])[0, 0])
 
 
 def test_given_positions_are_used():
@@ -179,7 +188,7 @@ def test_given_positions_are_used():
 # ----------------------------------------------------------------------------------------------- the KV cache
 
 
-@pytest.mark.parametrize("pieces", [[7, 1, 1, 1], [3, 4, 2, 1], [10]])
+@pytest.mark.parametrize("pieces", [[7, 1, 1, 1], [3, 4, 2, 1], [1, 9], [10]])
 @pytest.mark.parametrize("kind", [0, 1], ids=["Llama", "HFCausalLM"])
 @pytest.mark.parametrize("padded", [True, False])
 @torch.no_grad()
@@ -206,6 +215,17 @@ def test_the_cache_is_written_in_place():
         model(token, cache=cache)
     assert cache.length == 8
     assert [x.data_ptr() for x in cache.keys + cache.values] == before
+
+
+@torch.no_grad()
+def test_under_autocast_the_cache_takes_half_the_memory():
+    model = llama()
+    ids = torch.randint(0, 41, (3, 10))
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        cache = model.new_cache(3, 10)
+        assert {x.dtype for x in cache.keys + cache.values} == {torch.bfloat16}
+        parts = torch.cat([model(ids[:, :6], cache=cache), model(ids[:, 6:], cache=cache)], dim=1)
+    assert (parts - model(ids)).abs().mean() < 0.03 * model(ids).abs().mean()
 
 
 @torch.no_grad()
@@ -424,7 +444,7 @@ def tokenizer(size: int = 41, eos: str | None = "<eos>", pad_token: str | None =
     from tokenizers.models import WordLevel
     from transformers import PreTrainedTokenizerFast
 
-    words = ["<pad>", "<unk>", "<eos>", *(f"w{i}" for i in range(3, size))]
+    words = ["<pad>", "<eos>", "<unk>", *(f"w{i}" for i in range(3, size))]
     inner = Tokenizer(WordLevel({word: i for i, word in enumerate(words)}, unk_token="<unk>"))
     inner.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
     return PreTrainedTokenizerFast(
@@ -444,7 +464,7 @@ def test_a_saved_llama_is_read_by_us_and_by_transformers(tmp_path, tied):
     assert isinstance(ours, Llama) and ours.config == model.config and not ours.training
     assert torch.equal(ours(ids), model(ids))
     assert close(theirs(ids).logits, model(ids))
-    assert theirs.config.eos_token_id == words.eos_token_id == 2
+    assert theirs.config.eos_token_id == words.eos_token_id == 1
     assert words.encode("w7 w9", add_special_tokens=False) == [7, 9]
     assert not list(tmp_path.glob("*.part"))
 
@@ -454,7 +474,8 @@ def test_a_folder_of_transformers_is_read_with_the_same_logits(tmp_path, changes
     from transformers import LlamaConfig, LlamaForCausalLM
 
     torch.manual_seed(0)
-    theirs = LlamaForCausalLM(LlamaConfig(**(llama().config.to_dict() | changes))).eval()
+    config = llama(rope_theta=321.0).config.to_dict() | changes
+    theirs = LlamaForCausalLM(LlamaConfig(**config)).eval()
     with torch.no_grad():
         for name, parameter in theirs.named_parameters():
             if name.endswith("bias"):
@@ -473,7 +494,7 @@ def test_a_wrapped_model_is_saved_and_read_again(tmp_path):
     again, words = load_model(tmp_path, device="cpu")
     ids = torch.randint(0, 41, (2, 9))
     assert isinstance(again, HFCausalLM) and torch.equal(again(ids), model(ids))
-    assert words.pad_token_id == words.eos_token_id == 2  # it had no padding token
+    assert words.pad_token_id == words.eos_token_id == 1  # it had no padding token
 
 
 def test_only_a_language_model_is_saved_as_one(tmp_path):
