@@ -691,9 +691,7 @@ def save_model(model: nn.Module, tokenizer, folder: str | os.PathLike) -> None:
             config["bos_token_id"] = getattr(tokenizer, "bos_token_id", None)
         state = {k: v.detach().cpu().contiguous() for k, v in model.state_dict().items()}
         if model.config.tie_word_embeddings:
-            del state[
-                "lm_head.weight"
-            ]  # the same memory as the embedding, which safetensors refuses to write twice
+            del state["lm_head.weight"]  # the embedding's memory: safetensors writes none twice
         (folder / "config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
         save_file(state, folder / "model.safetensors.part", metadata={"format": "pt"})
         os.replace(folder / "model.safetensors.part", folder / "model.safetensors")
