@@ -16,6 +16,7 @@ from cs336_alignment.models import (
     ValueModel,
     autocast,
     count_parameters,
+    frozen_copy,
     load_model,
     load_progress,
     resolve_device,
@@ -350,6 +351,18 @@ def test_a_wrapper_is_in_the_mode_of_what_it_wraps():
         model = HFCausalLM(theirs)
         wrappers = [model, RewardModel(model), ValueModel(model), RestrictedVocabulary(model, [3])]
         assert [wrapper.training for wrapper in wrappers] == [mode] * 4 and theirs.training == mode
+
+
+def test_a_frozen_copy_stays_when_the_original_learns():
+    model = llama().train()
+    reference = frozen_copy(model)
+    ids = torch.randint(0, 41, (2, 5))
+    before = reference(ids)
+    with torch.no_grad():
+        model.model.norm.weight.mul_(2)
+    assert torch.equal(reference(ids), before) and not torch.equal(model(ids), before)
+    assert not reference.training and not before.requires_grad
+    assert model.training and model(ids).requires_grad
 
 
 def test_scores_are_float32_under_autocast():
