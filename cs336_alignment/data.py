@@ -6,7 +6,7 @@ worse response. Four layouts are read into them, from a local file or from a `da
     flan          inputs + targets (or prompt + response, question + answer, ...)     demonstrations
     alpaca        instruction, input, output                                          demonstrations
     oasst         OpenAssistant: trees of messages with ranks, nested or as a table   both
-    preferences   prompt, chosen, rejected; texts or lists of chat messages           preferences
+    preference    prompt, chosen, rejected; texts or lists of chat messages           preferences
 
 Files are UTF-8: `.json` (a list of records), `.jsonl`, `.csv`, each also with `.gz`, `.parquet`, and
 folders written by `Dataset.save_to_disk`. JSON and CSV are parsed here and not by `datasets`, because an
@@ -42,7 +42,7 @@ DEMONSTRATION_FORMATS = {
     "oasst": "message trees (prompt with nested replies) or a table (message_id, parent_id, role, text)",
 }
 PREFERENCE_FORMATS = {
-    "preferences": "chosen + rejected, with prompt, or instruction and input, or chat messages",
+    "preference": "chosen + rejected, with prompt, or instruction and input, or chat messages",
     "oasst": DEMONSTRATION_FORMATS["oasst"],
 }
 PROBLEMS_SHOWN = 5  # an error lists this many bad records and counts the rest
@@ -146,7 +146,7 @@ def load_preferences(
 
     Args:
         source, bad, split, name: as for `load_demonstrations`.
-        format: `preferences`, `oasst`, or `auto`.
+        format: `preference`, `oasst`, or `auto`.
         ties: a pair whose two texts are equal holds no preference: `raise` reports it as a bad record,
             `drop` leaves such pairs out with a warning and still raises for anything else.
 
@@ -636,7 +636,7 @@ def _detect(table: _Table, format: str, formats: dict[str, str]) -> str:
         )
     fields = list(dict.fromkeys(field for row in rows for field in row))
     needs = {
-        "preferences": [("chosen", "rejected")],
+        "preference": [("chosen", "rejected")],
         "alpaca": [("instruction", "output"), ("instruction", "response")],
         "flan": list(FLAN_FIELDS),
         "oasst": [("message_id", "parent_id", "role", "text")],
@@ -653,7 +653,7 @@ def _detect(table: _Table, format: str, formats: dict[str, str]) -> str:
     if fitting:
         here, there = (
             ("demonstrations", "preferences")
-            if "preferences" in formats
+            if "preference" in formats
             else ("preferences", "demonstrations")
         )
         wanted = "chosen + rejected" if there == "preferences" else "one response a record"
@@ -702,7 +702,7 @@ def _read(source: str | Path, split: str, name: str | None) -> _Table:
     try:
         data = path.read_bytes()
         if suffixes[-1] == ".gz":
-            data = gzip.decompress(data) if data else data
+            data = gzip.decompress(data)
     except (EOFError, zlib.error, gzip.BadGzipFile) as error:
         raise DataError(label, [Problem(f"not a whole gzip file ({error}); fetch it again")]) from None
     except OSError as error:

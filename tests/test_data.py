@@ -123,6 +123,9 @@ def test_oasst_follow_up_prompts_need_no_rank_and_the_first_is_taken(tmp_path):
     rows[3]["rank"] = 0
     write_json(path, rows)
     assert [record["response"] for record in load_demonstrations(path)] == ["A1", "A3"]
+    rows[2]["rank"] = 1
+    write_json(path, rows)
+    assert [record["response"] for record in load_demonstrations(path)] == ["A1", "A3"]
 
 
 def test_a_long_conversation_does_not_exhaust_pythons_stack(tmp_path):
@@ -345,9 +348,17 @@ def test_utf_16_is_recognised(tmp_path):
 
 
 @pytest.mark.parametrize("content", [b"", b" \n", b"\xef\xbb\xbf"])
-@pytest.mark.parametrize("name", ["x.json", "x.jsonl", "x.csv"])
+@pytest.mark.parametrize("name", ["x.json", "x.jsonl", "x.csv", "x.json.gz"])
 def test_an_empty_file(tmp_path, name, content):
+    if name.endswith(".gz") and content:
+        content = gzip.compress(content)
     assert "the file is empty" in str(error_of(load_demonstrations, write(tmp_path / name, content)))
+
+
+def test_nonsense_nested_too_deeply(tmp_path):
+    for name, text in ("x.json", "[" * 100_000), ("x.jsonl", '{"a": ' + "[" * 100_000):
+        problem = only_problem(load_demonstrations, write(tmp_path / name, text))
+        assert problem.record == 1 and "nested too deeply" in problem.message
 
 
 def test_no_records(tmp_path):
