@@ -150,7 +150,7 @@ def train_dpo(
             policy_chosen, policy_rejected, ref_chosen, ref_rejected, config.beta, smoothing[pairs].to(device)
         )
         chosen_tokens = batch["response_mask"][: len(pairs)].sum()
-        (loss + config.nll_coef * -policy_chosen.sum() / chosen_tokens.clamp(min=1)).backward()
+        (loss + config.nll_coef * -policy_chosen.sum() / chosen_tokens).backward()
         factor = warmup_stable_decay(step, config.steps, config.warmup, config.decay)
         grad_norm = optimizer_step(optimizer, config.learning_rate * factor)
         with torch.no_grad():

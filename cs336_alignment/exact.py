@@ -51,11 +51,10 @@ def kl_divergence(log_probs: Tensor, ref_log_probs: Tensor) -> Tensor:
     (..., Y), (..., Y) -> (...). A response with pi = 0 adds 0; pi > 0 where pi_ref = 0 gives inf.
     """
     log_probs, ref_log_probs = at_least_float32(log_probs), at_least_float32(ref_log_probs)
-    possible = log_probs > -math.inf
-    difference = torch.where(possible, log_probs, 0.0) - torch.where(possible, ref_log_probs, 0.0)
-    # A probability that underflows to 0 adds 0, even against an infinite difference.
-    probs = torch.where(possible, log_probs, 0.0).exp() * possible
-    return torch.where(probs > 0, probs * torch.where(probs > 0, difference, 0.0), 0.0).sum(dim=-1)
+    probs = log_probs.exp()
+    # Where pi is 0, or underflows to it, the difference may be infinite or NaN, and 0 times that is NaN.
+    difference = torch.where(probs > 0, log_probs - ref_log_probs, 0.0)
+    return (probs * difference).sum(dim=-1)
 
 
 def objective(log_probs: Tensor, ref_log_probs: Tensor, rewards: Tensor, beta: float) -> Tensor:
@@ -68,7 +67,7 @@ def objective(log_probs: Tensor, ref_log_probs: Tensor, rewards: Tensor, beta: f
     _check_beta(beta)
     log_probs, rewards = at_least_float32(log_probs), at_least_float32(rewards)
     probs = log_probs.exp()
-    reward = torch.where(probs > 0, probs * torch.where(probs > 0, rewards, 0.0), 0.0).sum(dim=-1)
+    reward = (probs * torch.where(probs > 0, rewards, 0.0)).sum(dim=-1)
     return reward - beta * kl_divergence(log_probs, ref_log_probs)
 
 

@@ -184,6 +184,8 @@ def test_rewards_of_ten_thousand_stay_finite():
     rewards = torch.tensor([1e4, -1e4, 1e4])
     assert_near(optimal_policy(ref, rewards, 0.1).exp(), [1 / 3, 0, 2 / 3], 1e-2)  # float32 near 100,000
     assert_near(log_partition(ref, rewards, 0.1), 1e5 + math.log(0.75), 1e-2)
+    improbable = optimal_policy(ref, rewards, 0.1)[1]  # its probability underflows, its log must not
+    assert_near(improbable, -2e5 + math.log(0.25 / 0.75), 0.1)
 
 
 # ----------------------------------------------------------------------------------- probabilities that are 0
@@ -211,11 +213,21 @@ def test_a_response_that_the_reference_never_gives_stays_impossible():
         assert_near(log_partition(ref, tensor(1, 1, reward), 0.5), 2.0, 1e-14)
 
 
-def test_gradients_are_finite_where_a_probability_is_0():
+def test_a_probability_that_underflows_to_0_counts_as_0():
+    """exp(-800) is 0 in float64; its log is not -inf, and 0 times an infinite difference must not be NaN."""
+    policy, ref = torch.cat([log(0.5, 0.5), tensor(-800)]), log(0.5, 0.5, 0.0)
+    assert kl_divergence(policy, ref) == 0
+    assert objective(policy, ref, tensor(1, 2, math.inf), 0.5) == 1.5
+
+
+@pytest.mark.parametrize("impossible_for_both", [False, True])
+def test_gradients_are_finite_where_a_probability_is_0(impossible_for_both):
     logits = tensor(0.3, -0.2, -math.inf).requires_grad_()
-    ref, rewards = log(0.5, 0.3, 0.2), tensor(1, 2, 3)
-    (gradient,) = torch.autograd.grad(objective(logits.log_softmax(-1), ref, rewards, 0.5), logits)
-    assert gradient.isfinite().all() and gradient[2] == 0 and gradient[0] != 0
+    ref = log(0.5, 0.5, 0.0) if impossible_for_both else log(0.5, 0.3, 0.2)
+    for reward in (3, math.inf):
+        value = objective(logits.log_softmax(-1), ref, tensor(1, 2, reward), 0.5)
+        (gradient,) = torch.autograd.grad(value, logits)
+        assert gradient.isfinite().all() and gradient[2] == 0 and gradient[0] != 0
 
 
 @pytest.mark.parametrize("beta", [0, 0.0, -0.1, -math.inf, math.nan])

@@ -839,20 +839,20 @@ def run_update(mask, longer):
 def test_a_whole_update_is_trls():
     """Eight optimizer steps end at TRL's weights, with TRL's losses on the way."""
     policy, value_model, policy_losses, value_losses, ratios = run_update(*golden_masks())
-    assert_near(policy_losses, golden("policy_losses").flatten(), 1e-5)
-    assert_near(value_losses, golden("value_losses").flatten(), 1e-5)
+    assert_near(policy_losses, golden("policy_losses").flatten(), 1e-6)
+    assert_near(value_losses, golden("value_losses").flatten(), 2e-6)
     assert_near(ratios[0], torch.ones(len(ratios[0])), 1e-5)  # 1 before the first step
     assert (ratios[1] - 1).abs().max() > 1e-3  # and not throughout the first epoch
     clipped = [((r - 1).abs() > 0.2).any() for r in ratios]
     assert any(clipped), "the clip range was never left, so clipping was not compared"
     after = UPDATE["weights_after"]
-    assert_near(weights_of(policy), weights_of(golden_llama(after["policy"])), 1e-5)
+    assert_near(weights_of(policy), weights_of(golden_llama(after["policy"])), 1e-6)
     expected = golden_scorer(ValueModel, after["value_model"])
-    assert_near(value_model.head.weight, expected.head.weight, 1e-5)
+    assert_near(value_model.head.weight, expected.head.weight, 1e-6)
     trained = [name for name, _ in expected.backbone.named_parameters() if name != "lm_head.weight"]
     ours, theirs = dict(value_model.backbone.named_parameters()), dict(expected.backbone.named_parameters())
     for name in trained:
-        assert_near(ours[name], theirs[name], 1e-5)
+        assert_near(ours[name], theirs[name], 1e-6)
 
 
 def test_and_with_our_masks_it_is_another_one():
