@@ -300,7 +300,7 @@ PLOT_STYLE = {
 }
 
 
-def draw(name: str, x_label: str, y_label: str, paint: Callable) -> Markup:
+def draw(name: str, x_label: str, y_label: str, paint: Callable, columns: int = 2) -> Markup:
     """An inline SVG of one pair of axes on which `paint(axes)` draws; `name` keeps its ids apart."""
     with matplotlib.rc_context(PLOT_STYLE):
         figure = Figure(figsize=(4.4, 3.1), layout="constrained")
@@ -310,7 +310,7 @@ def draw(name: str, x_label: str, y_label: str, paint: Callable) -> Markup:
         paint(axes)
         # Above the axes: there a legend never covers a point.
         axes.legend(
-            loc="lower left", bbox_to_anchor=(-0.02, 1.0), ncols=2, columnspacing=1.2, handlelength=2.2
+            loc="lower left", bbox_to_anchor=(-0.02, 1.0), ncols=columns, columnspacing=1.2, handlelength=2.2
         )
         file = io.StringIO()
         # Without metadata: it holds the time of day and addresses.
@@ -336,11 +336,11 @@ def running_mean(values: list[float], window: int) -> list[float]:
 
 def _training_line(axes, points: list[tuple], colour: str, label: str) -> None:
     """A noisy curve over training steps: each batch faintly, the running mean clearly."""
-    window = max(len(points) // 20, 1)
+    window = max(len(points) // 40, 1)
     x, y = zip(*points, strict=True)
     if window > 1:
         axes.plot(x, y, color=COLOURS[colour], alpha=0.25, linewidth=0.8)
-        label = f"{label}, mean of {2 * (window // 2) + 1} steps"
+        label = f"{label} ({2 * (window // 2) + 1}-step mean)"
     axes.plot(x, running_mean(list(y), window), color=COLOURS[colour], label=label, alpha=0.75, linewidth=1.3)
 
 
@@ -386,9 +386,7 @@ def reward_plot(results: dict) -> Plot | None:
         if held_out:
             axes.plot(*zip(*held_out, strict=True), "o-", color=COLOURS["ink"], label="held-out labels")
         if finite(agreement):
-            axes.axhline(
-                agreement, color=COLOURS["reward"], linestyle="--", label="agrees with gold, at the end"
-            )
+            axes.axhline(agreement, color=COLOURS["reward"], linestyle="--", label="agreement with gold")
             if finite(error):
                 low, high = agreement - error, agreement + error
                 axes.axhspan(low, high, color=COLOURS["reward"], alpha=0.15, linewidth=0)
@@ -472,8 +470,8 @@ def kl_plot(results: dict, what: str) -> Plot | None:
         caption += (
             f"Gold: the town's exact reward, which no training run sees; {PERFECT:g} is a perfect answer."
         )
-    unit = "exact reward" if what == "reward" else "reward model's score"
-    svg = draw(f"kl-{what}", "KL to the SFT model (nats an answer)", f"{words.lower()} ({unit})", paint)
+    y_label = "gold reward (exact)" if what == "reward" else "proxy (reward model's score)"
+    svg = draw(f"kl-{what}", "KL to the SFT model (nats an answer)", y_label, paint)
     return Plot(title, svg, f"{words} against KL for PPO and DPO. {title}. {far}.", caption)
 
 
@@ -519,7 +517,7 @@ def corner_plot(results: dict) -> Plot | None:
         "DPO sees comparisons only. No error bars: the distance is exact, for one seed. Measuring is part "
         "of the seconds."
     )
-    svg = draw("corner", "CPU seconds", "gap to the optimum", paint)
+    svg = draw("corner", "CPU seconds", "gap to the optimum", paint, columns=3)
     return Plot(title, svg, f"Gap to the optimum over CPU seconds, both axes logarithmic. {title}.", caption)
 
 
