@@ -117,22 +117,30 @@ def corner_log_probs(model, corner=None) -> Tensor:
 
 def corner_node_log_probs(model, corner) -> Tensor:
     """Log-probabilities of the 13 actions at each of the 157 nodes, (prompts, 157, 13): see `corner_log_probs`."""
-    device = next(model.parameters()).device
-    prompts = torch.tensor(corner.prompt_ids, device=device)
-    *words, _ = corner.action_ids
-    n, length = len(words), prompts.shape[1]
-    word_ids = torch.tensor(words, device=device)
-    nodes = torch.cat([word_ids, word_ids.repeat(n)])  # 12 first words, then the last word of each pair
-    ids = torch.cat([prompts, nodes.expand(len(prompts), -1)], dim=1)
+    ids, sees = prefix_tree(corner, next(model.parameters()).device)
+    logits = model(ids, attention_mask=sees)
+    actions = torch.tensor(corner.action_ids, device=ids.device)
+    nodes = slice(len(corner.prompt_ids[0]) - 1, None)  # the root is the prompt's last token
+    return logits[:, nodes, actions].float().log_softmax(dim=-1)
 
+
+def prefix_tree(corner, device: torch.device) -> tuple[Tensor, Tensor]:
+    """The corner as one batch: input ids (prompts, S) and a 4-D mask (prompts, 1, S, S).
+
+    A row is a prompt, the 12 first words, and the last words of the 144 pairs. Each sees the prompt and its own
+    ancestors, so the model computes at each node what it would compute after that prefix alone.
+    """
+    prompts = torch.tensor(corner.prompt_ids, device=device)
+    words = torch.tensor(corner.action_ids[:-1], device=device)
+    n, length = len(words), prompts.shape[1]
+    nodes = torch.cat([words, words.repeat(n)])
+    ids = torch.cat([prompts, nodes.expand(len(prompts), -1)], dim=1)
     sees = torch.eye(length + n + n * n, dtype=torch.bool, device=device)
     sees[:, :length] = True
     sees[:length, :length] = torch.ones(length, length, dtype=torch.bool, device=device).tril()
     pairs = torch.arange(n * n, device=device)
     sees[length + n + pairs, length + pairs // n] = True  # the pair (a, b) sees its first word a
-    logits = model(ids, attention_mask=sees.expand(len(prompts), 1, -1, -1))
-    actions = torch.tensor(corner.action_ids, device=device)
-    return logits[:, length - 1 :, actions].float().log_softmax(dim=-1)
+    return ids, sees.expand(len(prompts), 1, -1, -1)
 
 
 class TabularPolicy(torch.nn.Module):

@@ -422,6 +422,8 @@ def run_demo(
         table[name] = measure(town, policy, sft, config, format_prompt)
     results = {
         "settings": settings,
+        "config": asdict(config),
+        "preference_pairs": len(preferences),
         "date": date.today().isoformat(),
         "machine": {
             "device": str(where), "processor": platform.processor() or platform.machine(),

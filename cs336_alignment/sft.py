@@ -39,7 +39,7 @@ def sft_loss(log_probs: Tensor, response_mask: Tensor) -> Tensor:
 
 @dataclass
 class SFTConfig:
-    steps: int = 800
+    steps: int = 600
     batch_size: int = 32  # demonstrations a step
     accumulation: int = 1  # micro-batches that a step is split into; the result is the same, the memory less
     learning_rate: float = 1e-3

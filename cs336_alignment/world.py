@@ -557,9 +557,8 @@ class World:
             count += len(documents[-1])
         return documents
 
-    # ------------------------------------------------------------------------------------------- the corner
-
     def corner(self) -> "Corner":
+        """The prompts whose answers can all be listed."""
         return Corner(self)
 
 
@@ -612,3 +611,53 @@ class Corner:
     def reward(self, prompts: list[str], responses: list[str]) -> Tensor:
         """Gold reward where reaching the limit of three words counts as finished, as in `rewards`."""
         return self.world.gold_reward(prompts, [r if r.endswith("<end>") else f"{r} <end>" for r in responses])
+
+
+# ------------------------------------------------------------------------------------------------- a tour
+
+
+def describe(seed: int = 0) -> None:
+    """Prints a tour of the town: people, facts, splits, documents, answers in each style, annotators."""
+    from rich.console import Console
+    from rich.table import Table
+
+    world, console, rng = World(), Console(), random.Random(seed)
+
+    def show(title: str, columns: list[str], rows: list[list]) -> None:
+        table = Table(title=title, title_justify="left", title_style="bold")
+        for column in columns:
+            table.add_column(column, overflow="fold")
+        for row in rows:
+            table.add_row(*map(str, row))
+        console.print(table)
+
+    people = [*rng.sample(world.known, 3), rng.choice(world.unknown)]
+    show(
+        f"{len(world.known)} known people and {len(world.unknown)} who are only mentioned",
+        ["", *people],
+        [
+            ["in documents", *("biographies" if p in world.known else "only mentioned" for p in people)],
+            ["split", *("held out" if p in world.held_out_subjects else "training" for p in people)],
+            *([attribute, *(world.facts[p][attribute] for p in people)] for attribute in ATTRIBUTES),
+            ["believed births", *(", ".join(f"{t} {c:.2f}" for t, c in world.disputed.get(p, {}).items()) for p in people)],
+        ],
+    )
+    kinds = sorted({task.kind for task in world.tasks.values()})
+    counts = Counter((task.kind, world.held_out(task)) for task in world.tasks.values())
+    show(
+        "Instructions (and word tasks without number)",
+        ["kind", "for training", "held out", "an example"],
+        [[k, counts[k, False], counts[k, True], world._tasks_of_kind[k][0].instruction] for k in kinds],
+    )
+    show("Pre-training documents", ["kind", "text"], [[k, getattr(world, k)(rng)] for k in PRETRAINING_SHARES])
+    task = next(t for t in world.sample_tasks(50, seed) if t.kind == "tips")
+    answers = [(style, world.answer(task, rng, style)) for style in STYLES]
+    show(
+        f"The same demonstration in three styles: {task.instruction}",
+        ["style", "answer", "gold reward", *ANNOTATORS],
+        [
+            [s, a, f"{world.utility(task.instruction, a):.2f}"]
+            + [f"{world.utility(task.instruction, a, judge['weights']):.2f}" for judge in ANNOTATORS.values()]
+            for s, a in answers
+        ],
+    )

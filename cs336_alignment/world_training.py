@@ -7,7 +7,9 @@ mid-training continues from there (lecture 06). `python3 course.py world train` 
 import copy
 import hashlib
 import json
+import time
 from dataclasses import asdict, dataclass, field
+from datetime import date
 from pathlib import Path
 
 import torch
@@ -161,3 +163,32 @@ def load_weights(profile: Profile, path: Path, device: str | torch.device = "aut
 def load_base(profile: Profile, phase: str = "base", device: str | torch.device = "auto") -> Llama:
     """The shipped base model, or with phase="stable" the one from before the decay."""
     return load_weights(profile, checkpoint_path(profile, phase), device)
+
+
+def train(profile_name: str = "full", device: str = "auto", folder: Path = ASSETS, work: Path | None = None) -> Path:
+    """Pre-trains the base model and writes both checkpoints and the log beside them; returns the base's path.
+
+    One pass over the documents, in minutes on one core. A killed run continues from `work`.
+    """
+    sizes = profile(profile_name)
+    world, model = World(sizes.world), new_model(sizes, device)
+    progress = (work or Path("runs")) / f"pretraining-{sizes.name}-{sizes.key}.unfinished.pt"
+    base, stable = (folder / checkpoint_path(sizes, phase).name for phase in ("base", "stable"))
+    started = time.process_time()
+    log = pretrain(model, world, sizes.pretraining, stable_path=stable, checkpoint=progress)
+    save_weights(model, base)
+    progress.unlink(missing_ok=True)
+    held_out = [line["held_out_loss"] for line in log if "held_out_loss" in line]
+    record = {
+        "date": date.today().isoformat(),
+        "cpu_seconds": round(time.process_time() - started, 1),
+        "parameters": sum(p.numel() for p in model.parameters()),
+        "tokens": sizes.pretraining.steps * sizes.pretraining.batch_size * sizes.pretraining.row_length,
+        "torch": torch.__version__,
+        "threads": torch.get_num_threads(),
+        "pretraining": asdict(sizes.pretraining),
+        "held_out_loss": [round(x, 4) for x in held_out],
+    }
+    base.with_suffix(".json").write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
+    print(f"{base.name}: {record['parameters']:,} parameters, held-out loss {held_out[-1]:.3f} nats a token")
+    return base
