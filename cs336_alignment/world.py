@@ -439,7 +439,8 @@ class World:
         """P(the annotator prefers `first`): a Bradley-Terry model on the annotator's own utility."""
         judge = ANNOTATORS[annotator] if isinstance(annotator, str) else annotator
         difference = self.utility(prompt, first, judge["weights"]) - self.utility(prompt, second, judge["weights"])
-        return 1 / (1 + math.exp(-difference / judge["temperature"]))
+        # sigma(x) = (1 + tanh(x / 2)) / 2, which cannot overflow however decided an annotator is.
+        return (1 + math.tanh(difference / judge["temperature"] / 2)) / 2
 
     def label(
         self, annotator: str | dict, prompts: list[str], pairs: list[tuple[str, str]], seed: int
