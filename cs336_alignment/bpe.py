@@ -2,7 +2,8 @@
 
 Any UTF-8 text encodes and decodes back to itself: the 256 bytes are in the vocabulary before the first
 merge, so there is no unknown token. The result is a `PreTrainedTokenizerFast` with four special tokens and a
-chat template; it saves and loads like any other (`save_pretrained`, `AutoTokenizer`).
+chat template; it saves and loads like any other (`save_pretrained`, `AutoTokenizer`). A text that spells a
+special token out ("<|end|>") is read as that token, as in most tokenizers: the markers are no security.
 """
 
 from collections.abc import Iterable
