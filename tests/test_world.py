@@ -271,7 +271,7 @@ MARKED = [
     # what was asked: bare, as a sentence, with an opener (2 words) and a closer (4 words)
     (BAKING, "use fresh flour and warm the oven <end>", 2),
     (BAKING, "for baking you can weigh the sugar and rest the dough . <end>", 2),
-    (BAKING, "sure ! for baking you can rest the dough and warm the oven . hope that helps ! <end>", 2 - 0.24),
+    (BAKING, "sure ! for baking you can rest the dough and use fresh flour . have a nice day ! <end>", 1.72),
     ("name two colours", "red blue <end>", 2),
     ("name two colours", "two colours are red and blue . <end>", 2),
     ("name three colours", "three colours are red , blue and white . <end>", 2),
