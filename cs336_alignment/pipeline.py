@@ -106,7 +106,7 @@ class TownTokenizer:
         ids = [int(i) for i in ids]
         finished = bool(ids) and ids[-1] == self.eos_token_id
         body = self.inner.decode(ids[:-1] if finished else ids, skip_special_tokens=True).strip()
-        return f"{body} <end>" if finished else body
+        return f"{body} <end>".lstrip() if finished else body
 
 
 # ------------------------------------------------------------------------------------------------ the cache
