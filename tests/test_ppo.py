@@ -552,9 +552,10 @@ def recorded_run(**changes):
     return calls
 
 
-def test_the_ratio_is_1_before_the_first_step_and_not_throughout_the_first_epoch():
+@pytest.mark.parametrize("temperature", [1.0, 0.5])
+def test_the_ratio_is_1_before_the_first_step_and_not_throughout_the_first_epoch(temperature):
     """The second minibatch of the first epoch already meets a policy that has moved."""
-    first, second, *_ = recorded_run(steps=1)
+    first, second, *_ = recorded_run(steps=1, temperature=temperature)
     assert_near(first[0], first[1], 1e-6)
     assert (second[0] - second[1])[second[3]].abs().max() > 1e-3
 
@@ -602,29 +603,58 @@ def test_padding_with_eos_trains_the_same_policy(pad_is_eos):
     assert log == other_log and torch.equal(weights_of(model), weights_of(other))
 
 
-def test_a_students_four_functions_drive_the_training():
-    called = set()
+def test_a_students_four_functions_drive_the_training_with_the_settings():
+    called = {}
 
     def watched(function):
         def call(*args):
-            called.add(function.__name__)
+            called[function.__name__] = args[4:] if function is shaped_rewards else args[3:]
             return function(*args)
 
         return call
 
+    settings = config(steps=1, beta=0.11, gamma=0.98, lam=0.8, clip_eps=0.3, value_clip_eps=0.7)
     train_ppo(
         tiny_llama(),
         TOKENIZER,
         PROMPTS,
         count_w5,
-        config(steps=1),
+        settings,
         rewards_fn=watched(shaped_rewards),
         advantages_fn=watched(gae),
         policy_loss_fn=watched(ppo_policy_loss),
         value_loss_fn=watched(ppo_value_loss),
         progress=False,
     )
-    assert called == {"shaped_rewards", "gae", "ppo_policy_loss", "ppo_value_loss"}
+    assert called["shaped_rewards"] == (0.11,) and called["gae"] == (0.98, 0.8)
+    assert called["ppo_policy_loss"][1:] == (0.3,) and called["ppo_value_loss"][1:] == (0.7,)
+
+
+def test_the_temperature_is_the_policys_everywhere():
+    """Near 0 the samples are greedy; and policy and reference agree at first, so they are read alike."""
+    log_ratios, responses = [], []
+
+    def rewards_fn(scores, log_probs, ref_log_probs, mask, beta):
+        log_ratios.append((log_probs - ref_log_probs)[mask].abs().max().item())
+        return shaped_rewards(scores, log_probs, ref_log_probs, mask, beta)
+
+    def reward_fn(prompts, texts):
+        responses.extend(zip(prompts, texts, strict=True))
+        return torch.zeros(len(texts))
+
+    settings = config(steps=1, temperature=0.001)
+    train_ppo(tiny_llama(), TOKENIZER, PROMPTS, reward_fn, settings, rewards_fn=rewards_fn, progress=False)
+    assert log_ratios == [0.0]
+    for prompt, response in responses:
+        greedy = sample(
+            tiny_llama(),
+            [TOKENIZER.encode(prompt, add_special_tokens=False)],
+            max_new_tokens=5,
+            eos_token_id=EOS,
+            pad_token_id=PAD,
+            temperature=0,
+        )
+        assert TOKENIZER.decode(greedy.responses()[0]) == response
 
 
 def test_the_reference_and_the_value_models_backbone_are_copies():
