@@ -105,7 +105,10 @@ class TownTokenizer:
     def decode(self, ids) -> str:
         ids = [int(i) for i in ids]
         finished = bool(ids) and ids[-1] == self.eos_token_id
-        body = self.inner.decode(ids[:-1] if finished else ids, skip_special_tokens=True).strip()
+        # No tidying up: " ." must not become ".", or the reward sees other words than the model wrote.
+        body = self.inner.decode(
+            ids[:-1] if finished else ids, skip_special_tokens=True, clean_up_tokenization_spaces=False
+        ).strip()
         return f"{body} <end>".lstrip() if finished else body
 
 
