@@ -342,7 +342,7 @@ def test_every_loop_ends_the_same_after_it_was_killed(tmp_path, name, call):
     path = tmp_path / "run.pt"
     with pytest.raises(Killed):
         train(new(), call, checkpoint=path)
-    # What the resumed model brings is overwritten by the checkpoint's; where it died too early, it begins anew.
+    # What the resumed model brings is overwritten by the checkpoint; where there is none, it begins anew.
     resumed = new(seed=7) if path.exists() else new()
     torch.manual_seed(123)  # the process that takes over has other random numbers
     assert train(resumed, checkpoint=path) == expected

@@ -118,28 +118,31 @@ def test_the_answers_show_each_kind_before_and_after_each_stage(demo, world):
             assert answer["follows"] == world.follows(row["instruction"], text)
 
 
-def test_every_stage_trains_on_training_prompts_and_is_measured_on_held_out_ones(demo, world):
-    def held_out(prompts) -> set[bool]:
+def test_every_stage_trains_on_its_splits_and_is_measured_on_the_held_out_one(demo, world):
+    def splits(prompts) -> set[str]:
         prompts = list(prompts)
         assert prompts
-        return {world.held_out(world.task(prompt)) for prompt in prompts}
+        return {world.split(world.task(prompt)) for prompt in prompts}
 
     def call(name):
         ((args, kwargs),) = demo.calls[name]
         return args[2], kwargs
 
     demonstrations, options = call("train_sft")
-    assert held_out(d["prompt"] for d in demonstrations) == {False}
-    assert held_out(d["prompt"] for d in options["held_out"]) == {True}
+    assert splits(d["prompt"] for d in demonstrations) == {"demonstrated"}
+    assert splits(d["prompt"] for d in options["held_out"]) == {"held_out"}
     preferences, options = call("train_reward_model")
-    assert held_out(pair["prompt"] for pair in preferences + options["held_out"]) == {False}
+    assert splits(pair["prompt"] for pair in preferences + options["held_out"]) == {
+        "demonstrated",
+        "compared",
+    }
     assert not {json.dumps(p) for p in preferences} & {json.dumps(p) for p in options["held_out"]}
     pairs, _ = call("train_dpo")
-    assert held_out(pair["prompt"] for pair in pairs) == {False}
-    assert held_out(call("train_ppo")[0]) == {False}
+    assert splits(pair["prompt"] for pair in pairs) == {"demonstrated", "compared"}
+    assert splits(call("train_ppo")[0]) == {"demonstrated", "compared"}
     measured = [args[2] for args, _ in demo.calls["evaluate_policy"]]
     assert len(measured) > 8  # the curves of two stages, and four rows of the table
-    assert held_out(prompt for prompts in measured for prompt in prompts) == {True}
+    assert splits(prompt for prompts in measured for prompt in prompts) == {"held_out"}
 
 
 def test_the_policies_start_from_sft_and_the_reward_model_is_finished_before_ppo(demo):
@@ -337,7 +340,7 @@ def tokenizer(bpe) -> TownTokenizer:
 
 
 def test_the_towns_text_survives_another_tokenizer(tokenizer, world):
-    texts = [d[key] for d in world.demonstrations(300, 1, held_out=True) for key in ("prompt", "response")]
+    texts = [d[key] for d in world.demonstrations(300, 1, split="held_out") for key in ("prompt", "response")]
     texts += [world.tokenizer.decode(document) for document in world.documents(3000, 0)]
     texts += ["", "<end>", "red", "<unk> é 漢"]
     for text in texts:
@@ -370,15 +373,17 @@ def test_a_tokenizer_without_padding_pads_with_eos(world):
     assert TownTokenizer(Bare()).pad_token_id == 5
 
 
-def test_a_tokenizer_that_tidies_up_spaces_changes_no_word(world, bpe):
+def test_a_tokenizer_that_tidies_up_spaces_changes_no_word(world, tmp_path):
     """Some join " ." to the word before it when they decode; the town's words are separated by spaces."""
-    bpe.clean_up_tokenization_spaces = True
-    try:
-        tokenizer = TownTokenizer(bpe)
-        text = "ada lives in oakford . how do i ? sure ! red , blue <end>"
-        assert tokenizer.decode(tokenizer.encode(text)) == text
-    finally:
-        bpe.clean_up_tokenization_spaces = False
+    from transformers import AutoTokenizer
+
+    world.tokenizer.save_pretrained(tmp_path)
+    tidy = AutoTokenizer.from_pretrained(tmp_path, clean_up_tokenization_spaces=True)
+    text = "ada lives in oakford . how do i ? sure ! red , blue"
+    ids = world.tokenizer.encode(f"{text} <end>")
+    assert tidy.decode(ids, skip_special_tokens=True) != text  # or this would test nothing
+    assert TownTokenizer(tidy).encode(f"{text} <end>") == ids
+    assert TownTokenizer(tidy).decode(ids) == f"{text} <end>"
 
 
 def test_the_demo_runs_on_a_model_from_a_folder(bpe, tmp_path):
