@@ -76,7 +76,7 @@ def demo(
     device: Device = "auto",
     model: Model = None,
     out: Annotated[
-        Path | None, typer.Option(help="Where results go; default: runs/demo in the checkout.")
+        Path | None, typer.Option(help="Where results go; default: runs/demo... in the checkout.")
     ] = None,
     fresh: Annotated[
         bool, typer.Option("--fresh", help="Train every stage again, whatever is cached in --out.")
@@ -95,7 +95,7 @@ def demo(
 
     use_threads(threads)
     if out is None:
-        out = course_root() / "runs" / ("demo" if profile is Profile.full else "demo-test")
+        out = course_root() / "runs" / demo_folder(profile, seed, model, from_scratch)
     run_demo(
         seed=seed,
         device=device,
@@ -105,6 +105,15 @@ def demo(
         from_scratch=from_scratch,
         profile=profile.value,
     )
+
+
+def demo_folder(profile: Profile, seed: int, model: str | None, from_scratch: bool) -> str:
+    """A folder for each kind of demo: another seed or model is another run, not a quarrel about the cache."""
+    parts = ["demo", *([profile.value] if profile is not Profile.full else [])]
+    parts += [f"seed{seed}"] if seed else []
+    parts += ["from-scratch"] if from_scratch else []
+    parts += [Path(model).name] if model else []
+    return "-".join(parts)
 
 
 def pytest_command(extra: list[str], full: bool, cores: int) -> list[str]:

@@ -69,7 +69,9 @@ def dpo_loss(
         raise ValueError(f"label_smoothing {tuple(eps.shape)} must be a number or have shape {tuple(h.shape)}")
     if not ((eps >= 0) & (eps <= 1)).all():
         raise ValueError("label_smoothing is a probability: it must lie in [0, 1]")
-    losses = -(1 - eps) * F.logsigmoid(h) - eps * F.logsigmoid(-h)
+    # A label that is impossible adds nothing, even where h is infinite: 0 * inf would be NaN.
+    losses = -torch.where(eps < 1, (1 - eps) * F.logsigmoid(h), 0.0)
+    losses = losses - torch.where(eps > 0, eps * F.logsigmoid(-h), 0.0)
     return losses.sum() / max(losses.numel(), 1)
 
 
@@ -88,9 +90,9 @@ def dpo_gradient_weight(
 class DPOConfig:
     steps: int = 150
     batch_size: int = 32  # pairs a step
-    learning_rate: float = 5e-5
+    learning_rate: float = 1.2e-4
     warmup: int = 10  # steps
-    decay: int = 50  # steps
+    decay: int = 120  # steps
     beta: float = 0.3  # nats of KL that a unit of reward is worth, inverted: larger stays closer to pi_ref
     label_smoothing: float = 0.0
     nll_coef: float = 0.0  # weight of the chosen responses' own loss per token (Pang et al. 2024), 0 is plain DPO
@@ -132,6 +134,8 @@ def train_dpo(
     smoothing = torch.tensor(
         [1 - pair["p_chosen"] if "p_chosen" in pair else config.label_smoothing for pair in preferences]
     )
+    if not data["response_mask"].any():
+        raise ValueError("no response has a token: nothing to train on")
     # A resumed run's policy has moved on already, so the reference must be taken before the checkpoint is read.
     ref_log_probs = reference_log_probs(ref_model or model, data)
     optimizer = make_optimizer(model, config.learning_rate)

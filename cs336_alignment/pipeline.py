@@ -179,6 +179,7 @@ class Town:
         )  # fmt: skip
 
     def prompts(self, n: int, seed: int, **kwargs) -> list[str]:
+        """`n` chat prompts; see `World.sample_tasks`."""
         return [chat_prompt(task.instruction) for task in self.world.sample_tasks(n, seed, **kwargs)]
 
 
@@ -195,10 +196,13 @@ def sft_stage(town: Town, model, config: DemoConfig, checkpoint: Path | None = N
 
 
 def sample_preferences(town: Town, sft, config: DemoConfig, annotator: str | dict = "expert") -> list[dict]:
-    """Pairs of different SFT answers to training prompts, compared by an annotator."""
-    prompts = town.prompts(config.preferences, config.seed + 10)
+    """`config.preferences` pairs of different SFT answers to training prompts, compared by an annotator.
+
+    Fewer, if the model gives the same answer twice to more than a third of the prompts.
+    """
+    prompts = town.prompts(config.preferences * 3 // 2, config.seed + 10)
     first, second = (town.answers(sft, prompts, 1.0, seed=config.seed * 2 + i) for i in range(2))
-    pairs = [(p, a, b) for p, a, b in zip(prompts, first, second) if a != b]
+    pairs = [(p, a, b) for p, a, b in zip(prompts, first, second) if a != b][: config.preferences]
     return town.world.label(annotator, [p for p, _, _ in pairs], [(a, b) for _, a, b in pairs], config.seed)
 
 

@@ -155,16 +155,16 @@ def _check_clip(clip_eps: float) -> None:
 
 @dataclass
 class PPOConfig:
-    steps: int = 40  # iterations of sampling and updating
+    steps: int = 20  # iterations of sampling and updating
     batch_size: int = 48  # responses an iteration
     epochs: int = 4  # passes over them
     minibatches: int = 2  # optimizer steps a pass
-    learning_rate: float = 2e-4  # of the policy
+    learning_rate: float = 1e-4  # of the policy
     value_learning_rate: float = 1e-3
     value_warmup: int = 3  # first iterations, in which only the value model learns
     warmup: int = 1  # iterations
-    decay: int = 10  # iterations
-    beta: float = 0.1  # units of reward that a nat of KL costs
+    decay: int = 15  # iterations
+    beta: float = 0.4  # units of reward that a nat of KL costs
     gamma: float = 1.0
     lam: float = 0.95
     clip_eps: float = 0.2
@@ -173,8 +173,8 @@ class PPOConfig:
     max_new_tokens: int = 32
     temperature: float = 1.0
     missing_eos_penalty: float = 0.0  # subtracted from the score of a response that hit the length limit
-    eval_every: int = 10  # iterations between two calls of evaluate_fn
-    save_every: int = 10
+    eval_every: int = 3  # iterations between two calls of evaluate_fn
+    save_every: int = 5
     seed: int = 0
 
 

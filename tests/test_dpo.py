@@ -442,8 +442,11 @@ def test_nothing_to_learn_from_is_refused():
     with pytest.raises(ValueError, match="no preferences"):
         train_dpo(tiny_llama(), TOKENIZER, [], config(), progress=False)
     empty = [{"prompt": "w2 w3", "chosen": "", "rejected": ""}]
+    for nothing in (empty, [{"prompt": "w2", "chosen": "", "rejected": ""}]):
+        with pytest.raises(ValueError, match="no response has a token"):
+            train_dpo(tiny_llama(), TOKENIZER, nothing, config(), progress=False)
     with pytest.raises(ValueError, match="no response of the batch has a token"):
-        train_dpo(tiny_llama(), TOKENIZER, empty, config(), progress=False)
+        train_dpo(tiny_llama(), TOKENIZER, empty + PREFERENCES[:1], config(batch_size=1, steps=2), progress=False)
 
 
 @pytest.mark.parametrize("nll_coef", [0.0, 1.0])
@@ -529,3 +532,15 @@ def test_trls_ipo_averages_over_tokens_where_the_paper_sums():
     assert_near(((per_token - 1 / (2 * 0.5)) ** 2).mean(), case["loss"], 1e-5)
     summed = ((chosen - rejected - 1 / (2 * 0.5)) ** 2).mean()
     assert abs(summed.item() - case["loss"]) > 1
+
+
+def test_an_impossible_rejected_response_costs_nothing():
+    """log pi(y_l) = -inf, as under a restricted vocabulary: h is inf, the loss of a certain label is 0, not NaN."""
+    chosen = torch.tensor([-1.0, -2.0], requires_grad=True)
+    rejected = torch.tensor([-math.inf, -3.0])
+    ref = torch.tensor([-1.0, -1.0])
+    loss = dpo_loss(chosen, rejected, ref, ref, 0.1)
+    loss.backward()
+    rest = dpo_loss(chosen[1:], rejected[1:], ref[1:], ref[1:], 0.1) / 2
+    assert torch.allclose(loss, rest)
+    assert chosen.grad[0] == 0 and chosen.grad[1] < 0

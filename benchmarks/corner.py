@@ -1,0 +1,104 @@
+"""How close each method comes to the exact optimum on the enumerable corner; three seeds, some ten minutes.
+
+    python benchmarks/corner.py [--seeds 0 1 2]
+
+Trains the SFT model of each seed, then: PPO, the exact gradient with a network and with a table, and full-batch DPO
+from soft and from one-bit labels. Writes benchmarks/results/corner.json and corner.md.
+"""
+
+import argparse
+import json
+import os
+import platform
+from datetime import date
+from pathlib import Path
+
+import torch
+
+from cs336_alignment import corner as runs
+from cs336_alignment.corner import CornerProblem, FitConfig, corner_ppo_config
+from cs336_alignment.evaluate import mean_and_error
+from cs336_alignment.exact import TabularPolicy, corner_node_log_probs
+from cs336_alignment.models import frozen_copy
+from cs336_alignment.pipeline import Town, demo_config, sft_stage
+from cs336_alignment.world import MAX_NEW_TOKENS, World
+from cs336_alignment.world_training import introduce_chat_tokens, load_base, profile
+
+RESULTS = Path(__file__).parent / "results"
+
+
+def run_seed(seed: int) -> dict[str, dict]:
+    """Gap and CPU seconds of each method from the SFT model of one seed."""
+    sizes, config = profile("full"), demo_config("full", seed)
+    world = World(sizes.world)
+    town = Town(world, world.tokenizer, torch.device("cpu"), MAX_NEW_TOKENS)
+    sft = introduce_chat_tokens(load_base(sizes, device="cpu"), world)
+    sft_stage(town, sft, config)
+    sft = frozen_copy(sft)
+
+    problem = CornerProblem.of(sft, world.corner(), config.corner_beta)
+    with torch.no_grad():
+        table = TabularPolicy(corner_node_log_probs(sft, problem.corner))
+    tabular = FitConfig(steps=300, learning_rate=0.1, decay=200)
+    soft = runs.sample_pairs(problem, [problem.ref_log_probs], config.corner_pairs, seed)
+    temperature = 0.3
+    logs = {}
+    policy, logs["PPO, sampled"] = runs.ppo(sft, problem, corner_ppo_config(seed))
+    with torch.no_grad():
+        behaviours = [problem.ref_log_probs, runs.corner_log_probs(policy, problem.corner)]
+    bits = runs.sample_pairs(problem, behaviours, config.corner_pairs, seed, temperature=temperature)
+    beta = problem.beta / temperature  # the rewards that one-bit labels show are r / temperature
+    _, logs["exact gradient, network"] = runs.exact_gradient(sft, problem, config.corner_exact)
+    _, logs["exact gradient, table"] = runs.exact_gradient(table, problem, tabular)
+    _, logs["DPO, soft labels, network"] = runs.dpo(sft, problem, soft, config.corner_dpo)
+    _, logs["DPO, soft labels, table"] = runs.dpo(table, problem, soft, tabular)
+    _, logs["DPO, one-bit labels T .3 from pi_ref and PPO, network"] = runs.dpo(
+        sft, problem, bits, config.corner_dpo, beta
+    )
+    row = {name: {"gap": log[-1]["gap"], "cpu_seconds": log[-1]["cpu_seconds"]} for name, log in logs.items()}
+    values = {
+        "J_ref": problem.value(problem.ref_log_probs).item(),
+        "J_star": problem.value(problem.optimum).item(),
+    }
+    return {"values": values, "methods": row}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
+    seeds = parser.parse_args().seeds
+    torch.set_num_threads(1)
+    results = {seed: run_seed(seed) for seed in seeds}
+    machine = f"{os.cpu_count()} cores ({platform.machine()}), one thread, torch {torch.__version__}"
+    record = {"date": date.today().isoformat(), "machine": machine, "beta": 0.2, "seeds": results}
+    RESULTS.mkdir(exist_ok=True)
+    (RESULTS / "corner.json").write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
+
+    lines = [
+        "# Distance to the exact optimum on the corner",
+        "",
+        f"{record['date']}, {machine}; seeds {', '.join(map(str, seeds))}; beta {record['beta']}. "
+        "Made by `python benchmarks/corner.py`.",
+        "",
+        "Gap: (J* - J) / (J* - J_ref) of the last step, averaged over nine prompts; ± is the standard error over seeds. "
+        + "; ".join(
+            f"seed {seed}: J_ref {r['values']['J_ref']:.3f}, J* {r['values']['J_star']:.3f}"
+            for seed, r in results.items()
+        )
+        + ".",
+        "",
+        "| method | gap, mean ± s.e. | " + " | ".join(f"seed {seed}" for seed in seeds) + " | CPU seconds, mean |",
+        "|---|---" + "|---" * (len(seeds) + 1) + "|",
+    ]
+    for name in next(iter(results.values()))["methods"]:
+        gaps = torch.tensor([r["methods"][name]["gap"] for r in results.values()], dtype=torch.float64)
+        seconds = torch.tensor([r["methods"][name]["cpu_seconds"] for r in results.values()])
+        mean, error = mean_and_error(gaps)
+        cells = " | ".join(f"{gap:.2%}" for gap in gaps.tolist())
+        lines.append(f"| {name} | {mean:.2%} ± {error:.2%} | {cells} | {seconds.mean():.1f} |")
+    (RESULTS / "corner.md").write_text("\n".join(lines) + "\n", encoding="utf-8")
+    print("\n".join(lines))
+
+
+if __name__ == "__main__":
+    main()
