@@ -118,31 +118,28 @@ def test_the_answers_show_each_kind_before_and_after_each_stage(demo, world):
             assert answer["follows"] == world.follows(row["instruction"], text)
 
 
-def test_every_stage_trains_on_its_splits_and_is_measured_on_the_held_out_one(demo, world):
-    def splits(prompts) -> set[str]:
+def test_every_stage_trains_on_training_prompts_and_is_measured_on_held_out_ones(demo, world):
+    def held_out(prompts) -> set[bool]:
         prompts = list(prompts)
         assert prompts
-        return {world.split(world.task(prompt)) for prompt in prompts}
+        return {world.held_out(world.task(prompt)) for prompt in prompts}
 
     def call(name):
         ((args, kwargs),) = demo.calls[name]
         return args[2], kwargs
 
     demonstrations, options = call("train_sft")
-    assert splits(d["prompt"] for d in demonstrations) == {"demonstrated"}
-    assert splits(d["prompt"] for d in options["held_out"]) == {"held_out"}
+    assert held_out(d["prompt"] for d in demonstrations) == {False}
+    assert held_out(d["prompt"] for d in options["held_out"]) == {True}
     preferences, options = call("train_reward_model")
-    assert splits(pair["prompt"] for pair in preferences + options["held_out"]) == {
-        "demonstrated",
-        "compared",
-    }
+    assert held_out(pair["prompt"] for pair in preferences + options["held_out"]) == {False}
     assert not {json.dumps(p) for p in preferences} & {json.dumps(p) for p in options["held_out"]}
     pairs, _ = call("train_dpo")
-    assert splits(pair["prompt"] for pair in pairs) == {"demonstrated", "compared"}
-    assert splits(call("train_ppo")[0]) == {"demonstrated", "compared"}
+    assert held_out(pair["prompt"] for pair in pairs) == {False}
+    assert held_out(call("train_ppo")[0]) == {False}
     measured = [args[2] for args, _ in demo.calls["evaluate_policy"]]
     assert len(measured) > 8  # the curves of two stages, and four rows of the table
-    assert splits(prompt for prompts in measured for prompt in prompts) == {"held_out"}
+    assert held_out(prompt for prompts in measured for prompt in prompts) == {True}
 
 
 def test_the_policies_start_from_sft_and_the_reward_model_is_finished_before_ppo(demo):
@@ -340,7 +337,7 @@ def tokenizer(bpe) -> TownTokenizer:
 
 
 def test_the_towns_text_survives_another_tokenizer(tokenizer, world):
-    texts = [d[key] for d in world.demonstrations(300, 1, split="held_out") for key in ("prompt", "response")]
+    texts = [d[key] for d in world.demonstrations(300, 1, held_out=True) for key in ("prompt", "response")]
     texts += [world.tokenizer.decode(document) for document in world.documents(3000, 0)]
     texts += ["", "<end>", "red", "<unk> é 漢"]
     for text in texts:

@@ -25,7 +25,6 @@ from cs336_alignment.world import (
     KIND_SHARES,
     PRETRAINING_SHARES,
     SMALL,
-    SPLITS,
     STYLES,
     World,
     WorldConfig,
@@ -60,8 +59,8 @@ def all_texts(world: World) -> list[str]:
     """Something of everything the town can say: documents of each kind, prompts and answers."""
     texts = [text for kind in PRETRAINING_SHARES for text in texts_of(world, kind, 500)]
     texts += [chat_prompt(instruction) for instruction in world.tasks]
-    for split in SPLITS:
-        for demonstration in world.demonstrations(1000, 0, split=split, error=0.3):
+    for held_out in (False, True):
+        for demonstration in world.demonstrations(1500, 0, held_out=held_out, error=0.3):
             texts.append(f"{demonstration['prompt']} {demonstration['response']}")
     rng = random.Random(0)
     texts += [world.answer(task, rng, style) for task in world.tasks.values() for style in STYLES]
@@ -97,13 +96,15 @@ def test_the_finder_of_instructions_finds_them(town):
 
 
 @pytest.mark.parametrize("kind", PRETRAINING_SHARES)
-def test_documents_hold_instructions_of_the_demonstrated_split_alone(world, kind):
-    """No held-out one anywhere, and none that is kept for comparisons."""
-    seen = set()
+def test_no_document_holds_a_held_out_instruction(world, kind):
+    held_out = {task.instruction for task in world.tasks.values() if world.held_out(task)}
+    training = set(world.tasks) - held_out
+    pool, seen = set(world.word_pool), set()
     for text in texts_of(world, kind, 1200):
-        seen |= instructions_in(text, set(world.tasks), set(world.word_pool))
-    assert {world.split(world.task(instruction)) for instruction in seen} <= {"demonstrated"}
-    assert bool(seen) == (kind in ("question_and_answer", "question_sheet", "graded_answer"))
+        seen |= instructions_in(text, held_out | training, pool)
+    assert not seen & held_out
+    assert not [instruction for instruction in seen if world.held_out(world.task(instruction))]
+    assert bool(seen) == (kind in ("question_and_answer", "question_sheet"))  # none in others
 
 
 def test_the_stream_of_documents_is_made_of_these_kinds_and_holds_no_chat(world):
@@ -121,64 +122,41 @@ def test_the_stream_of_documents_is_made_of_these_kinds_and_holds_no_chat(world)
 
 
 @pytest.mark.parametrize("seed", SEEDS)
-def test_no_prompt_occurs_in_two_splits(world, seed):
-    """So no held-out prompt occurs in a training set: demonstrations come from the first split, preferences
-    and PPO from the first two; at any two seeds."""
-    prompts = {}
-    for split in SPLITS:
-        prompts[split] = {d["prompt"] for d in world.demonstrations(1500, seed, split=split)}
-        for other in SEEDS:
-            tasks = world.sample_tasks(800, other + 10, split=split)
-            prompts[split] |= {chat_prompt(task.instruction) for task in tasks}
-        assert len(prompts[split]) > 100
-        assert {world.split(world.task(prompt)) for prompt in prompts[split]} == {split}
-    assert len(set.union(*prompts.values())) == sum(map(len, prompts.values()))
-    default = world.demonstrations(200, seed) + [
-        {"prompt": t.instruction} for t in world.sample_tasks(200, seed)
-    ]
-    assert {world.split(world.task(d["prompt"])) for d in default} == {"demonstrated"}
+def test_no_held_out_prompt_occurs_in_a_training_set(world, seed):
+    """Demonstrations, and the prompts of preferences and PPO, at any two seeds."""
+    training = {d["prompt"] for d in world.demonstrations(3000, seed)}
+    training |= {chat_prompt(task.instruction) for task in world.sample_tasks(3000, seed + 10)}
+    held_out = {d["prompt"] for other in SEEDS for d in world.demonstrations(500, other, held_out=True)}
+    held_out |= {chat_prompt(t.instruction) for t in world.sample_tasks(2000, seed + 50, held_out=True)}
+    assert len(training) > 200 and len(held_out) > 200
+    assert not training & held_out
+    assert not [prompt for prompt in training if world.held_out(world.task(prompt))]
+    assert all(world.held_out(world.task(prompt)) for prompt in held_out)
 
 
-def test_a_task_is_held_out_exactly_in_the_held_out_split(town):
-    for task in town.tasks.values():
-        assert town.held_out(task) == (town.split(task) == "held_out")
-
-
-def test_no_demonstration_names_another_splits_person(town):
-    """Their facts have to come from documents."""
-    others = {p for p in town.known + town.unknown if town.split_of[p] != "demonstrated"}
-    assert len(others) == 64 + 96
-    assert Counter(town.split_of[p] for p in town.known) == {
-        "demonstrated": 64,
-        "compared": 32,
-        "held_out": 32,
-    }
+def test_no_demonstration_names_a_held_out_person(town):
+    """Held-out facts have to come from documents: their people are never demonstrated."""
+    held_out = set(town.known + town.unknown) & town.held_out_subjects
     said = {word for d in town.demonstrations(5000, 0) for word in d["prompt"].split()}
-    assert not said & others
+    assert len(held_out) == 64 + 96
+    assert not said & held_out
 
 
-def test_each_kind_has_its_splits_in_the_stated_shares(town):
+def test_each_kind_has_both_splits_in_the_stated_shares(town):
     tasks = list(town.tasks.values())
-    shares = {}
-    for kind in {task.kind for task in tasks}:
-        counts = Counter(town.split(task) for task in tasks if task.kind == kind)
-        shares[kind] = [counts[split] / counts.total() for split in SPLITS]
-    assert shares["unknown"] == [0, 0, 1]
-    assert shares["tips"] == pytest.approx([2 / 3, 1 / 6, 1 / 6])
-    assert shares["harmful"] == shares["lookalike"] == shares["harmless"] == [3 / 4, 1 / 8, 1 / 8]
-    facts = Counter(town.split(task) for task in tasks if task.kind in ("fact", "disputed"))
-    assert [facts[split] / facts.total() for split in SPLITS] == [1 / 2, 1 / 4, 1 / 4]
+    share = {
+        kind: sum(town.held_out(t) for t in tasks if t.kind == kind) / sum(t.kind == kind for t in tasks)
+        for kind in {t.kind for t in tasks}
+    }
+    assert share["unknown"] == 1
+    assert share["tips"] == 8 / 24
+    assert share["harmful"] == share["lookalike"] == share["harmless"] == 1 / 4
+    facts = [t for t in tasks if t.kind in ("fact", "disputed")]
+    assert sum(town.held_out(t) for t in facts) == len(facts) / 2
     rng = random.Random(0)
-    words_ = Counter(town.split(town.random_word_task(rng)) for _ in range(4000))
-    for split, share in zip(SPLITS, (3 / 4, 1 / 8, 1 / 8), strict=True):
-        assert abs(words_[split] / 4000 - share) < 4 * math.sqrt(share * (1 - share) / 4000)
-
-
-def test_a_split_that_is_none_or_has_no_such_task_is_refused(town):
-    with pytest.raises(ValueError, match="split must be one of demonstrated, compared, held_out"):
-        town.sample_tasks(1, 0, split="training")
-    with pytest.raises(ValueError, match="demonstrated split has no tasks of kind unknown"):
-        town.demonstrations(1, 0, shares={"fact": 0.5, "unknown": 0.5})
+    word_tasks = [town.random_word_task(rng) for _ in range(4000)]
+    held_out = sum(town.held_out(task) for task in word_tasks) / len(word_tasks)
+    assert abs(held_out - 1 / 4) < 4 * math.sqrt(0.25 * 0.75 / 4000)
 
 
 def test_kinds_are_sampled_with_the_shares_asked_for(town):
@@ -649,17 +627,6 @@ def test_every_known_persons_facts_are_written_down(world):
                 assert statement.format(p=person, v=world.facts[person][attribute]) in text
 
 
-def test_a_graded_answer_is_graded_rightly(world):
-    verdicts = Counter()
-    for text in texts_of(world, "graded_answer", 1000):
-        instruction, answer, verdict = re.match(
-            r"question : (.*) answer : (.*) (right|wrong)$", text
-        ).groups()
-        assert world.follows(instruction, f"{answer} <end>") == (verdict == "right")
-        verdicts[verdict] += 1
-    assert 0.3 < verdicts["right"] / verdicts.total() < 0.7
-
-
 def test_documents_keep_their_shares_of_tokens(town):
     shares = {"biography": 0.5, "manual": 0.3, "copying": 0.2}
     counts = Counter()
@@ -675,16 +642,16 @@ def test_documents_keep_their_shares_of_tokens(town):
 
 DIGEST = """
 import hashlib, json, sys
-from cs336_alignment.world import SMALL, SPLITS, World, WorldConfig
+from cs336_alignment.world import SMALL, World, WorldConfig
 
 def digest(config):
     world = World(config)
-    demonstrations = [world.demonstrations(300, 1, split=s) for s in SPLITS]
+    demonstrations = [world.demonstrations(300, 1, held_out=h) for h in (False, True)]
     pairs = [(d["response"], "red <end>") for d in demonstrations[0]]
     parts = [
         world.documents(8000, 2), demonstrations, world.known, world.unknown, world.facts, world.disputed,
-        world.split_of, [[t.instruction, t.targets] for t in world.tasks.values()],
-        [t.instruction for s in SPLITS for t in world.sample_tasks(300, 3, split=s)],
+        sorted(world.held_out_subjects), [[t.instruction, t.targets] for t in world.tasks.values()],
+        [t.instruction for h in (False, True) for t in world.sample_tasks(300, 3, held_out=h)],
         world.label("crowd", [d["prompt"] for d in demonstrations[0]], pairs, 4),
         world.corner().rewards.tolist(),
     ]
@@ -712,7 +679,7 @@ def test_another_process_makes_the_same_town():
 def test_another_seed_makes_another_town():
     first, second = World(SMALL), World(WorldConfig(seed=1, known=16, unknown=8, topics=6, objects=8))
     assert first.known != second.known
-    assert first.split_of != second.split_of
+    assert first.held_out_subjects != second.held_out_subjects
 
 
 def test_a_draw_does_not_depend_on_what_was_drawn_before():
@@ -720,7 +687,7 @@ def test_a_draw_does_not_depend_on_what_was_drawn_before():
     fresh, used = World(SMALL), World(SMALL)
     used.documents(3000, 7)
     used.demonstrations(100, 3)
-    used.sample_tasks(100, 9, split="held_out")
+    used.sample_tasks(100, 9, held_out=True)
     hashes = [
         hashlib.sha256(json.dumps([w.documents(2000, 0), w.demonstrations(50, 0)]).encode()).hexdigest()
         for w in (fresh, used)
