@@ -135,13 +135,13 @@ def train_on_file(
             hidden_size=settings.hidden_size,
             intermediate_size=3 * settings.hidden_size,
             num_hidden_layers=settings.layers,
-            # room for generating an answer to the longest prompt
             max_position_embeddings=2 * settings.max_length,
         )
         policy: nn.Module = Llama(shape).to(where)
     else:
         policy, tokenizer = load_model(model, where)
-    longest = min(settings.max_length, (policy.max_positions or settings.max_length + 64) - 64)
+    # A quarter of the model's positions stays free for an answer to the longest prompt.
+    longest = min(settings.max_length, 3 * (policy.max_positions or 4 * settings.max_length) // 4)
     train, cut_train = _format(train, tokenizer, longest)
     held_out, cut_held_out = _format(held_out, tokenizer, longest)
     if not train or not held_out:
@@ -296,7 +296,8 @@ class _Run:
     def answers(self, policy: nn.Module) -> list[str]:
         """Greedy answers to the first held-out prompts."""
         prompts = [record["prompt"] for record in self.held_out[: self.settings.samples]]
-        return generate_text(policy, self.tokenizer, prompts, max_new_tokens=48, temperature=0)
+        room = min(48, (policy.max_positions or 192) // 4)
+        return generate_text(policy, self.tokenizer, prompts, max_new_tokens=room, temperature=0)
 
 
 def ratio_and_error(above: Tensor, below: Tensor, groups: list[str]) -> tuple[float, float]:
@@ -326,10 +327,15 @@ def _loss(policy: nn.Module, tokenizer, records: list[dict]) -> dict[str, float]
 
 
 def _accuracy(chosen: Tensor, rejected: Tensor, prompts: list[str]) -> dict[str, Any]:
-    """Share of pairs in which the chosen response has the higher score, a tie counting half."""
+    """Share of pairs in which the chosen response has the higher score, a tie counting half.
+
+    To beat chance is to be more than two standard errors above 1/2, where the error is taken to be no smaller
+    than a coin's: of three pairs ranked right the own estimate would be 0.
+    """
     wins = (chosen > rejected).double() + (chosen == rejected).double() / 2
     accuracy, error = ratio_and_error(wins, torch.ones_like(wins), prompts)
-    return {"accuracy": accuracy, "error": error, "beats_chance": accuracy - 2 * error > 0.5}
+    coin = 0.5 / len(set(prompts)) ** 0.5
+    return {"accuracy": accuracy, "error": error, "beats_chance": accuracy - 2 * max(error, coin) > 0.5}
 
 
 def _length_baseline(train: list[dict], held_out: list[dict], tokenizer) -> dict[str, Any]:

@@ -15,8 +15,10 @@ from cs336_alignment.models import load_model
 from cs336_alignment.optimize import Run
 from cs336_alignment.real_data import (
     RealConfig,
+    _accuracy,
     _cut,
     _format,
+    _length_baseline,
     load_reward_model,
     ratio_and_error,
     train_on_file,
@@ -123,7 +125,9 @@ def test_a_reward_model_ranks_held_out_pairs_where_lengths_say_nothing(files, tm
 def test_dpo_starts_from_sft_on_the_chosen_responses_and_ranks_held_out_pairs(files, tmp_path):
     metrics = run("dpo", files, tmp_path)
     assert metrics["sft_log"][-1]["held_out_loss"] < metrics["sft_log"][0]["held_out_loss"] - 2
-    assert metrics["log"][0]["loss"] == pytest.approx(math.log(2))  # the policy is the reference at first
+    first = metrics["log"][0]
+    assert first["chosen_log_prob"] > first["rejected_log_prob"] + 5  # nats
+    assert first["loss"] == pytest.approx(math.log(2))  # the policy is the reference at first
     assert metrics["held_out_pairs"]["beats_chance"] and metrics["held_out_pairs"]["accuracy"] > 0.9
     last = metrics["log"][-1]
     assert last["held_out_accuracy"] == pytest.approx(metrics["held_out_pairs"]["accuracy"])
@@ -290,6 +294,22 @@ def test_cut_gives_the_longest_beginning_that_fits(tokenizer):
     assert _cut("日本", 1, tokenizer) == "日"  # three bytes do not fit one token, but something must stay
 
 
+# --- the baseline
+
+
+def test_the_length_baseline_learns_on_train_which_length_is_preferred(tokenizer):
+    def pairs(chosen, rejected, number):
+        return [{"prompt": str(i), "chosen": chosen, "rejected": rejected} for i in range(number)]
+
+    longer, shorter = pairs("alpha beta", "alpha", 6), pairs("alpha", "alpha beta", 3)
+    found = _length_baseline(longer, longer + shorter, tokenizer)
+    assert found["name"] == "prefer the longer response" and found["accuracy"] == pytest.approx(6 / 9)
+    found = _length_baseline(shorter, longer + shorter, tokenizer)
+    assert found["name"] == "prefer the shorter response" and found["accuracy"] == pytest.approx(3 / 9)
+    ties = pairs("alpha", "alpha", 4)
+    assert _length_baseline(longer, ties, tokenizer)["accuracy"] == 0.5  # it can only toss a coin
+
+
 # --- what is wrong with the file or the request
 
 
@@ -337,6 +357,18 @@ def test_repeating_every_pair_of_a_prompt_does_not_shrink_the_error():
     assert ratio_and_error(wins[:2], torch.ones(2), ["a", "a"])[1] == math.inf
 
 
+def test_three_pairs_ranked_right_do_not_beat_chance_yet():
+    scores = torch.ones(8)
+    assert not _accuracy(scores[:3], -scores[:3], ["a", "b", "c"])["beats_chance"]
+    assert not _accuracy(scores, -scores, ["a"] * 8)["beats_chance"]  # eight pairs of one prompt are one draw
+    assert _accuracy(scores, -scores, list("abcdefgh"))["beats_chance"]
+    assert _accuracy(scores, scores, list("abcdefgh")) == {
+        "accuracy": 0.5,
+        "error": 0.0,
+        "beats_chance": False,
+    }
+
+
 def test_the_error_of_a_token_mean_covers_the_truth():
     """Over many draws of ragged records the estimate scatters as much as its error says."""
     rng = torch.Generator().manual_seed(0)
@@ -363,9 +395,10 @@ def test_real_files_learn_in_seconds(tmp_path, stage):
         vocab_size=1024,
         hidden_size=64,
         layers=1,
+        max_held_out=150,
         sft=SFTConfig(steps=40, batch_size=16, learning_rate=3e-3),
-        reward=RewardConfig(steps=40, batch_size=32, learning_rate=3e-3),
-        dpo=DPOConfig(steps=20, batch_size=32, learning_rate=5e-4, beta=0.3),
+        reward=RewardConfig(steps=30, batch_size=32, learning_rate=3e-3),
+        dpo=DPOConfig(steps=15, batch_size=32, learning_rate=5e-4, beta=0.3),
     )
     name = "alpaca_style_instructions.json" if stage == "sft" else "preference_pairs.json"
     metrics = train_on_file(
