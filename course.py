@@ -30,9 +30,7 @@ import time
 
 ROOT = os.path.dirname(os.path.abspath(__file__))
 MIN_PYTHON = (3, 11)
-NEEDED_GB = (
-    2.5  # free disk before an installation with CPU torch: 1.4 GB installed, the rest for the download cache
-)
+NEEDED_GB = 2.5  # free disk before an installation with CPU torch: 1.4 GB installed, the rest for the download cache
 NEEDED_GB_TO_RUN = 0.3  # once installed
 NEEDED_MEMORY_GB = 2.0
 
@@ -112,15 +110,11 @@ def python_problem(version: tuple | None = None) -> str | None:
     version = tuple(version or sys.version_info[:3])
     if version[:2] >= MIN_PYTHON:
         return None
-    text = "this is Python {}; the course needs Python {}.{} or newer.".format(
-        ".".join(map(str, version)), *MIN_PYTHON
-    )
+    text = "this is Python {}; the course needs Python {}.{} or newer.".format(".".join(map(str, version)), *MIN_PYTHON)
     for minor in range(20, MIN_PYTHON[1] - 1, -1):
         name = f"python3.{minor}"
         if shutil.which(name) and answers([name, "-c", "import venv"]):
-            return (
-                text + f"\n{name} is on this computer: run `{name} {os.path.basename(__file__)} ...` instead."
-            )
+            return text + f"\n{name} is on this computer: run `{name} {os.path.basename(__file__)} ...` instead."
     return text + "\nInstall one (python.org or your package manager) and run this again with it."
 
 
@@ -229,9 +223,7 @@ def cache_settings(environ: dict, root: str = ROOT) -> dict[str, str]:
         "JUPYTER_DATA_DIR": "jupyter/data",
         "JUPYTER_RUNTIME_DIR": "jupyter/runtime",
     }
-    result = {
-        name: os.path.join(ours, *place.split("/")) for name, place in places.items() if not environ.get(name)
-    }
+    result = {name: os.path.join(ours, *place.split("/")) for name, place in places.items() if not environ.get(name)}
     if environ.get("XDG_CACHE_HOME"):  # it is set and cannot be written
         result["XDG_CACHE_HOME"] = os.path.join(ours, "cache")
     return result
@@ -285,9 +277,7 @@ def venv_state(root: str = ROOT) -> str:
     stamp = read_stamp(root)
     if not stamp:
         return "unstamped"
-    if stamp.get("python") != "{}.{}".format(*sys.version_info[:2]) or stamp.get("folder") != os.path.abspath(
-        root
-    ):
+    if stamp.get("python") != "{}.{}".format(*sys.version_info[:2]) or stamp.get("folder") != os.path.abspath(root):
         return "other python"
     return "ready" if stamp.get("hash") == wanted_hash(root) else "out of date"
 
@@ -466,9 +456,7 @@ def make_venv(root: str, env: dict, log_path: str, lock=None) -> None:
         code, tail = run_shown(command, env, log_path, "made .venv", lock)
         if code == 0:
             return
-    raise CourseError(
-        f"`python -m venv` failed:\n{indented(tail)}\nOn Debian and Ubuntu: apt install python3-venv."
-    )
+    raise CourseError(f"`python -m venv` failed:\n{indented(tail)}\nOn Debian and Ubuntu: apt install python3-venv.")
 
 
 def indented(lines: list[str]) -> str:
@@ -499,9 +487,7 @@ def install(root: str, environ: dict, state: str, lock=None) -> None:
     installers = choose_installers(environ)
     say(f"course: {STATE_TEXT[state]}")
     if os.path.islink(venv_dir(root)) and state in MADE_ANEW:
-        raise CourseError(
-            f".venv is a link to {os.readlink(venv_dir(root))}; remove it, then run this again."
-        )
+        raise CourseError(f".venv is a link to {os.readlink(venv_dir(root))}; remove it, then run this again.")
     free = shutil.disk_usage(root).free / 1e9
     if free < NEEDED_GB:
         say(f"course: only {free:.1f} GB free here; the installation needs about {NEEDED_GB} GB and may fail")
@@ -566,9 +552,7 @@ def install_failed(installer: str, tail: list[str], said: str, log_path: str) ->
     if re.search(r"Permission denied|Errno 13|Access is denied", said, re.I):
         hints.append("A folder cannot be written: see `python3 course.py doctor`.")
     if not hints:
-        hints.append(
-            "Run it again; if it fails at the same place, try the other installer: COURSE_INSTALLER=pip."
-        )
+        hints.append("Run it again; if it fails at the same place, try the other installer: COURSE_INSTALLER=pip.")
     if not tail:
         tail = ["(it printed nothing)"]
     return "{} failed. Its last lines:\n{}\nWhat to try:\n{}\nAll of its output: {}".format(
@@ -587,9 +571,7 @@ def hand_over(arguments: list[str], environ: dict | None = None, root: str = ROO
     sys.stdout.flush()
     sys.stderr.flush()
     if os.name == "posix":
-        os.execve(
-            command[0], command, env
-        )  # the verb *becomes* this process: signals and exit code are exact
+        os.execve(command[0], command, env)  # the verb *becomes* this process: signals and exit code are exact
     return run_and_wait(command, env)
 
 
@@ -737,9 +719,7 @@ def doctor(root: str = ROOT, environ: dict | None = None) -> int:
     else:
         good("memory", f"{memory:.1f} GB, {os.cpu_count()} cores")
     if cache_settings(environ, root):
-        note(
-            "home", "the home folder cannot be written: caches go to {}".format(os.path.join(root, ".course"))
-        )
+        note("home", "the home folder cannot be written: caches go to {}".format(os.path.join(root, ".course")))
     if hasattr(os, "geteuid") and os.geteuid() == 0:
         note("user", "running as root: it works, an ordinary user is safer")
 
@@ -762,9 +742,7 @@ def doctor(root: str = ROOT, environ: dict | None = None) -> int:
         env = child_environment(environ, root)
         found = probe(venv_python(root), PROBE, env)
         if "error" in found:
-            bad(
-                ".venv", "its Python does not run: " + found["error"], "`python3 course.py clean`, then setup"
-            )
+            bad(".venv", "its Python does not run: " + found["error"], "`python3 course.py clean`, then setup")
         else:
             with open(os.path.join(root, "constraints.txt"), encoding="utf-8") as file:
                 pins = pinned_versions(file.read())
@@ -813,9 +791,7 @@ def made_by_course(root: str = ROOT) -> list[str]:
     found = [name for name in (".venv", ".course", "runs", "build", ".pytest_cache", ".ruff_cache")]
     found += [name for name in sorted(os.listdir(root)) if name.endswith(".egg-info")]
     for folder, names, _ in os.walk(root):
-        names[:] = [
-            name for name in names if name not in (".venv", ".git", ".course", "runs") and name[0] != "."
-        ]
+        names[:] = [name for name in names if name not in (".venv", ".git", ".course", "runs") and name[0] != "."]
         if "__pycache__" in names:
             names.remove("__pycache__")
             found.append(os.path.relpath(os.path.join(folder, "__pycache__"), root))

@@ -80,7 +80,7 @@ def main() -> None:
         f"{record['date']}, {machine}; seeds {', '.join(map(str, seeds))}; beta {record['beta']}. "
         "Made by `python benchmarks/corner.py`.",
         "",
-        "Gap: (J* - J) / (J* - J_ref) of the last step, averaged over nine prompts; ± is the standard error over seeds. "
+        "Gap: (J* - J) / (J* - J_ref) of the last step, averaged over nine prompts; ± is the s.e. over seeds. "
         + "; ".join(
             f"seed {seed}: J_ref {r['values']['J_ref']:.3f}, J* {r['values']['J_star']:.3f}"
             for seed, r in results.items()

@@ -177,9 +177,7 @@ def sft(folder: str) -> dict:
     # The same step in two micro-batches, as transformers' training loop asks for it.
     items = (batch["labels"][:, 1:] != -100).sum()
     halves = [{k: v[rows] for k, v in batch.items()} for rows in (slice(0, 2), slice(2, 4))]
-    result["micro_losses"] = [
-        plain(trainer.compute_loss(model, half, num_items_in_batch=items)) for half in halves
-    ]
+    result["micro_losses"] = [plain(trainer.compute_loss(model, half, num_items_in_batch=items)) for half in halves]
     return result
 
 
@@ -231,9 +229,7 @@ def dpo(folder: str) -> dict:
         ("ipo", 0.5, 0.0, PAIRS),
     ):
         model, ref_model = make_model(seed=3), make_model(seed=4)
-        config = DPOConfig(
-            **arguments(folder), loss_type=loss_type, beta=beta, label_smoothing=label_smoothing
-        )
+        config = DPOConfig(**arguments(folder), loss_type=loss_type, beta=beta, label_smoothing=label_smoothing)
         trainer = DPOTrainer(
             model,
             ref_model,

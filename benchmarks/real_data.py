@@ -66,9 +66,7 @@ def bag_of_words(path: Path, seed: int, settings: RealConfig) -> dict:
 def timed(stage: str, data: Path, out: Path, seed: int, settings: RealConfig) -> dict:
     """metrics.json of a run, with the CPU seconds it took (of the whole, had it not been interrupted)."""
     before = time.process_time()
-    metrics = train_on_file(
-        stage, str(data), out=str(out), seed=seed, device="cpu", settings=settings, progress=False
-    )
+    metrics = train_on_file(stage, str(data), out=str(out), seed=seed, device="cpu", settings=settings, progress=False)
     used = Path(metrics["folder"]) / "cpu_seconds.json"
     if not used.exists():
         used.write_text(json.dumps(round(time.process_time() - before)), encoding="utf-8")

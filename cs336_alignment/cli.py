@@ -60,10 +60,8 @@ def use_threads(threads: int | None) -> None:
 
 
 Seed = Annotated[int, typer.Option(help="Seed of everything random: one seed, one result.")]
-Device = Annotated[str, typer.Option(help="auto (a GPU where there is one), cpu, cuda, mps.")]
-Threads = Annotated[
-    int | None, typer.Option(min=1, help="CPU threads for torch; default: one for each core.")
-]
+Device = Annotated[str, typer.Option(help="auto (a GPU where there is one), cpu, cuda, cuda:1.")]
+Threads = Annotated[int | None, typer.Option(min=1, help="CPU threads for torch; default: one for each core.")]
 Model = Annotated[
     str | None,
     typer.Option(metavar="PATH_OR_HUB_ID", help="A causal language model instead of the built-in one."),
@@ -75,9 +73,7 @@ def demo(
     seed: Seed = 0,
     device: Device = "auto",
     model: Model = None,
-    out: Annotated[
-        Path | None, typer.Option(help="Where results go; default: runs/demo... in the checkout.")
-    ] = None,
+    out: Annotated[Path | None, typer.Option(help="Where results go; default: runs/demo... in the checkout.")] = None,
     fresh: Annotated[
         bool, typer.Option("--fresh", help="Train every stage again, whatever is cached in --out.")
     ] = False,
@@ -134,9 +130,7 @@ def test(
     """Run the tests; what follows is handed to pytest (`test -k dpo`, `test tests/test_ppo.py`)."""
     root = course_root()
     if not (root / "tests").is_dir():
-        raise FileNotFoundError(
-            f"there is no folder of tests in {root}: they come with the checkout of the course"
-        )
+        raise FileNotFoundError(f"there is no folder of tests in {root}: they come with the checkout of the course")
     # One thread for each worker: two workers with two threads each are slower on two cores, not faster.
     environment = {"OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1", **os.environ}
     command = pytest_command(context.args, full, os.cpu_count() or 1)
@@ -184,17 +178,11 @@ def run_until_it_ends(command: list[str], folder: Path) -> int:
 @app.command()
 def train(
     stage: Annotated[Stage, typer.Argument(help="What to train.")],
-    data: Annotated[
-        Path, typer.Option(metavar="FILE", help="The file of demonstrations or preference pairs.")
-    ],
+    data: Annotated[Path, typer.Option(metavar="FILE", help="The file of demonstrations or preference pairs.")],
     format: Annotated[Format, typer.Option(help="Its format; auto looks at the first record.")] = Format.auto,
     model: Model = None,
-    out: Annotated[
-        Path | None, typer.Option(help="Where results go; default: runs/STAGE in the checkout.")
-    ] = None,
-    steps: Annotated[
-        int | None, typer.Option(min=1, help="Optimizer steps; default: a few minutes' worth.")
-    ] = None,
+    out: Annotated[Path | None, typer.Option(help="Where results go; default: runs/STAGE in the checkout.")] = None,
+    steps: Annotated[int | None, typer.Option(min=1, help="Optimizer steps; default: a few minutes' worth.")] = None,
     seed: Seed = 0,
     device: Device = "auto",
     threads: Threads = None,
@@ -228,7 +216,7 @@ def world_train() -> None:
     """Retrain the base model that the course ships."""
     from cs336_alignment import world_training
 
-    world_training.train()
+    world_training.train(work=course_root() / "runs")
 
 
 def is_ours(error: BaseException) -> bool:

@@ -159,9 +159,7 @@ def load_preferences(
         pairs = _convert(table, _oasst_trees(table), oasst_preferences, bad, format, drop_ties=ties == "drop")
     else:
         rows = enumerate(table.rows)
-        pairs = _convert(
-            table, rows, lambda row: [preference_pair(row)], bad, format, drop_ties=ties == "drop"
-        )
+        pairs = _convert(table, rows, lambda row: [preference_pair(row)], bad, format, drop_ties=ties == "drop")
     return pairs
 
 
@@ -249,9 +247,7 @@ def preference_pair(row: dict[str, Any]) -> Preference:
     before, chosen = _response(row, "chosen")
     before_rejected, rejected = _response(row, "rejected")
     if before != before_rejected:
-        raise _Bad(
-            "its messages before the last differ from those of 'chosen': a pair shares one prompt", "rejected"
-        )
+        raise _Bad("its messages before the last differ from those of 'chosen': a pair shares one prompt", "rejected")
     if before:
         prompt = _conversation(before)
     elif "instruction" in row:
@@ -357,9 +353,7 @@ def _text(row: dict[str, Any], field: str) -> str:
     try:
         value.encode()
     except UnicodeEncodeError:
-        raise _Bad(
-            r"holds half of a \u escape pair, which is no character; write both halves", field
-        ) from None
+        raise _Bad(r"holds half of a \u escape pair, which is no character; write both halves", field) from None
     if not value.strip():
         raise _Bad("is empty; write the text or leave the record out", field)
     return value.strip()
@@ -378,9 +372,7 @@ def _messages(row: dict[str, Any], field: str) -> list[tuple[str, str]]:
     turns = []
     for number, message in enumerate(row[field], 1):
         if not isinstance(message, dict) or "role" not in message or "content" not in message:
-            raise _Bad(
-                f"message {number} is {_kind(message)}, not an object with 'role' and 'content'", field
-            )
+            raise _Bad(f"message {number} is {_kind(message)}, not an object with 'role' and 'content'", field)
         if message["role"] not in ("system", "user", "assistant"):
             raise _Bad(
                 f"message {number} has {_kind(message['role'])} as its role, not system, user or assistant",
@@ -437,9 +429,7 @@ def _turn(message: dict[str, Any], role: Literal["user", "assistant"]) -> tuple[
     names = ("user", "prompter") if role == "user" else ("assistant",)
     if message.get("role") not in names:
         found = _kind(message["role"]) if "role" in message else "missing"
-        raise _Bad(
-            f"of {_name(message)} is {found}, where {names[-1]!r} is due; turns alternate", "role", record
-        )
+        raise _Bad(f"of {_name(message)} is {found}, where {names[-1]!r} is due; turns alternate", "role", record)
     try:
         return role, _text(message, "text")
     except _Bad as problem:
@@ -643,18 +633,14 @@ def _detect(table: _Table, format: str, formats: dict[str, str]) -> str:
     }
     if any(isinstance(row.get("prompt"), dict) for row in rows):
         return "oasst"
-    fitting = [
-        kind for kind, choices in needs.items() if any(set(fields).issuperset(choice) for choice in choices)
-    ]
+    fitting = [kind for kind, choices in needs.items() if any(set(fields).issuperset(choice) for choice in choices)]
     for kind in fitting:
         if kind in formats:
             return kind
     found = ", ".join(repr(field) for field in fields[:12])
     if fitting:
         here, there = (
-            ("demonstrations", "preferences")
-            if "preference" in formats
-            else ("preferences", "demonstrations")
+            ("demonstrations", "preferences") if "preference" in formats else ("preferences", "demonstrations")
         )
         wanted = "chosen + rejected" if there == "preferences" else "one response a record"
         text = f"these are {here} ({fitting[0]}: {found}), not {there}, which need {wanted}"
@@ -688,17 +674,13 @@ def _read(source: str | Path, split: str, name: str | None) -> _Table:
             r"\.(jsonl?|ndjson|csv|parquet)(\.gz)?$", label
         ):
             return _read_hub(label, split, name)
-        raise DataError(
-            label, [Problem(f"no such file (looked in {Path.cwd()}); a hub id has the form owner/name")]
-        )
+        raise DataError(label, [Problem(f"no such file (looked in {Path.cwd()}); a hub id has the form owner/name")])
     suffixes = [suffix.lower() for suffix in path.suffixes]
     kind = suffixes[-2] if len(suffixes) > 1 and suffixes[-1] == ".gz" else (suffixes or [""])[-1]
     if kind == ".parquet":
         return _read_parquet(path, label)
     if kind not in (".json", ".jsonl", ".ndjson", ".csv"):
-        raise DataError(
-            label, [Problem("the name should end in .json, .jsonl, .csv (also with .gz) or .parquet")]
-        )
+        raise DataError(label, [Problem("the name should end in .json, .jsonl, .csv (also with .gz) or .parquet")])
     try:
         data = path.read_bytes()
         if suffixes[-1] == ".gz":
@@ -735,12 +717,7 @@ def _decode(data: bytes, label: str, parse: Callable[[str, str], _Table]) -> str
     except DataError:
         rows = []
     record, field = next(
-        (
-            (index, key)
-            for index, row in enumerate(rows, 1)
-            for key, value in _pairs(row)
-            if _undecoded(value)
-        ),
+        ((index, key) for index, row in enumerate(rows, 1) for key, value in _pairs(row) if _undecoded(value)),
         (None, None),
     )
     raise DataError(label, [Problem(text, record, line, field)])
@@ -788,9 +765,7 @@ def _parse_json(text: str, label: str) -> _Table:
             raise _broken(error, label, len(rows), starts[-1])
         at = end if text[end] == "]" else _skip_space(text, end + 1)
     if text[at + 1 :].strip():
-        raise _broken(
-            json.JSONDecodeError("there is more after the end of the list", text, at + 1), label, None
-        )
+        raise _broken(json.JSONDecodeError("there is more after the end of the list", text, at + 1), label, None)
     return _Table(label, rows, lambda index: _line(text, starts[index]))
 
 
@@ -803,9 +778,7 @@ def _parse_object(text: str, label: str) -> _Table:
     if text[end:].strip():
         return _parse_lines(text, label)
     lists = [key for key, item in value.items() if isinstance(item, list)]
-    hint = (
-        f"; the records may be under {lists[0]!r}: save that list alone" if lists else "; put [ ] around it"
-    )
+    hint = f"; the records may be under {lists[0]!r}: save that list alone" if lists else "; put [ ] around it"
     raise DataError(label, [Problem(f"the top level is an object, not a list of records{hint}")])
 
 
@@ -826,9 +799,7 @@ def _parse_lines(text: str, label: str) -> _Table:
                     json.JSONDecodeError(error.msg, text, offset + error.pos), label, len(lines), offset
                 ) from None
             except RecursionError:
-                raise DataError(
-                    label, [Problem("is nested too deeply to be a record", len(lines), number)]
-                ) from None
+                raise DataError(label, [Problem("is nested too deeply to be a record", len(lines), number)]) from None
         offset += len(line) + 1
     return _Table(label, rows, lambda index: lines[index])
 
@@ -849,9 +820,7 @@ def _parse_csv(text: str, label: str) -> _Table:
                 found = sum(value is not None for key, value in row.items() if key is not None) + len(
                     row.get(None) or []
                 )
-                text = (
-                    f"has {found} columns where the header has {len(header or [])}; quote texts with commas"
-                )
+                text = f"has {found} columns where the header has {len(header or [])}; quote texts with commas"
                 raise DataError(label, [Problem(text, len(lines), lines[-1])])
             rows.append(row)
     except csv.Error as error:
@@ -866,9 +835,7 @@ def _read_parquet(path: Path, label: str) -> _Table:
     try:
         rows = pyarrow.parquet.read_table(path).to_pylist()
     except (pyarrow.ArrowException, OSError) as error:
-        raise DataError(
-            label, [Problem(f"not a whole parquet file ({str(error).splitlines()[0]})")]
-        ) from None
+        raise DataError(label, [Problem(f"not a whole parquet file ({str(error).splitlines()[0]})")]) from None
     if not rows:
         raise DataError(label, [Problem("the file holds no records")])
     return _Table(label, rows)
@@ -877,9 +844,7 @@ def _read_parquet(path: Path, label: str) -> _Table:
 def _read_folder(path: Path, label: str) -> _Table:
     if not (path / "state.json").exists():
         names = ", ".join(sorted(child.name for child in path.iterdir())[:8]) or "nothing"
-        raise DataError(
-            label, [Problem(f"a folder that save_to_disk did not write; name one file of it ({names})")]
-        )
+        raise DataError(label, [Problem(f"a folder that save_to_disk did not write; name one file of it ({names})")])
     import datasets
 
     return _Table(label, datasets.load_from_disk(str(path)).to_list())
@@ -908,14 +873,8 @@ def _broken(error: json.JSONDecodeError, label: str, record: int | None, start: 
     """Say where JSON breaks, and tell a mistake in it from a file that stops short."""
     end = len(error.doc.rstrip())
     strings = re.finditer(r'"((?:[^"\\]|\\.)*)"(\s*:)?', error.doc[start : error.pos])
-    field = next(
-        (string[1] for string in reversed(list(strings)) if string[2]), None
-    )  # the last key before it
-    if (
-        error.pos >= end
-        or error.msg.startswith("Unterminated string")
-        and "\n" not in error.doc[error.pos : end]
-    ):
+    field = next((string[1] for string in reversed(list(strings)) if string[2]), None)  # the last key before it
+    if error.pos >= end or error.msg.startswith("Unterminated string") and "\n" not in error.doc[error.pos : end]:
         text = f"the file ends here, in the middle of the {'record' if record else 'list'}: was it cut short?"
         return DataError(label, [Problem(text, record, _line(error.doc, end), field)])
     text = f"broken JSON at line {error.lineno}, column {error.colno}: {error.msg}"

@@ -1,4 +1,4 @@
-"""Measuring policies and reward models: means always come with their standard error.
+"""Measuring policies and reward models: rewards and KL come with their standard errors.
 
 Nothing here knows the town: rewards, refusals and right answers are given as functions or tensors.
 """
@@ -52,13 +52,14 @@ def expected_calibration_error(confidence: Tensor, correct: Tensor, bins: int = 
     """
     if confidence.shape != correct.shape or confidence.numel() == 0:
         raise ValueError(f"need one correctness a confidence, got {tuple(confidence.shape)}, {tuple(correct.shape)}")
-    confidence, correct = confidence.flatten().double(), correct.flatten().double()
+    confidence, correct = at_least_float32(confidence).flatten(), correct.flatten()
     if not ((confidence >= 0) & (confidence <= 1)).all():
         raise ValueError("a confidence must lie in [0, 1]")
-    edges = torch.linspace(0, 1, bins + 1, dtype=torch.float64, device=confidence.device)
+    # The edges in the confidences' own precision: a float32 0.3 is not in the bin above the float64 0.3.
+    edges = torch.linspace(0, 1, bins + 1, dtype=torch.float64, device=confidence.device).to(confidence.dtype)
     index = torch.bucketize(confidence, edges[1:-1])
     gap = torch.zeros(bins, dtype=torch.float64, device=confidence.device)
-    gap = gap.index_add(0, index, correct - confidence)  # share * (accuracy - confidence), times N
+    gap = gap.index_add(0, index, correct.double() - confidence.double())  # share * (accuracy - confidence), times N
     return (gap.abs().sum() / len(confidence)).item()
 
 

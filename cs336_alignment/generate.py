@@ -122,9 +122,7 @@ def sample(
     finally:
         model.train(was_training)
     if log_probs.isnan().any():
-        raise ValueError(
-            "the model's logits are NaN: training has diverged; go back to an earlier checkpoint"
-        )
+        raise ValueError("the model's logits are NaN: training has diverged; go back to an earlier checkpoint")
     used = t + 1
     return Samples(
         prompt_ids,
@@ -136,9 +134,7 @@ def sample(
     )
 
 
-def check_request(
-    model: nn.Module, prompts: list[list[int]], max_new_tokens: int, temperature: float
-) -> None:
+def check_request(model: nn.Module, prompts: list[list[int]], max_new_tokens: int, temperature: float) -> None:
     """Raises ValueError, with what to do, for what `sample` cannot do."""
     if max_new_tokens < 1:
         raise ValueError(f"max_new_tokens is {max_new_tokens}: ask for at least one token")
@@ -147,9 +143,7 @@ def check_request(
     if len(prompts) == 0:
         raise ValueError("no prompts: give at least one")
     if not all(len(prompt) for prompt in prompts):
-        raise ValueError(
-            "a prompt is empty: the first token needs something to follow, for example an EOS token"
-        )
+        raise ValueError("a prompt is empty: the first token needs something to follow, for example an EOS token")
     smallest, largest = min(map(min, prompts)), max(map(max, prompts))
     if smallest < 0 or largest >= model.vocab_size:
         raise ValueError(
@@ -211,9 +205,7 @@ def generate_text(
     see that. Raises: ValueError as `sample` does.
     """
     ids = [tokenizer.encode(prompt, add_special_tokens=False) for prompt in prompts]
-    by_length = sorted(
-        range(len(ids)), key=lambda i: len(ids[i])
-    )  # neighbours of one length need little padding
+    by_length = sorted(range(len(ids)), key=lambda i: len(ids[i]))  # neighbours of one length need little padding
     texts = [""] * len(ids)
     for start in range(0, len(by_length), batch_size):
         rows = by_length[start : start + batch_size]

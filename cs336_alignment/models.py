@@ -47,9 +47,7 @@ def resolve_device(device: str | torch.device = "auto") -> torch.device:
         raise ValueError(f"unknown device {device!r}: use 'auto', 'cpu', 'cuda' or 'cuda:0'") from None
     if resolved.type == "cuda" and (resolved.index or 0) >= torch.cuda.device_count():
         seen = torch.cuda.device_count()
-        raise ValueError(
-            f"{str(device)!r} asked for, but torch sees {seen} CUDA devices: use 'auto' or 'cpu'"
-        )
+        raise ValueError(f"{str(device)!r} asked for, but torch sees {seen} CUDA devices: use 'auto' or 'cpu'")
     if resolved.type not in ("cpu", "cuda"):
         raise ValueError(f"unknown device {str(device)!r}: use 'auto', 'cpu', 'cuda' or 'cuda:0'")
     return resolved
@@ -147,14 +145,10 @@ class ModelConfig:
 class KVCache:
     """Keys and values of every layer for all positions so far, in memory taken once and written in place."""
 
-    def __init__(
-        self, config: ModelConfig, batch_size: int, max_length: int, device: torch.device, dtype: torch.dtype
-    ):
+    def __init__(self, config: ModelConfig, batch_size: int, max_length: int, device: torch.device, dtype: torch.dtype):
         shape = (batch_size, config.num_key_value_heads, max_length, config.head_dim)
         self.keys = [torch.empty(shape, device=device, dtype=dtype) for _ in range(config.num_hidden_layers)]
-        self.values = [
-            torch.empty(shape, device=device, dtype=dtype) for _ in range(config.num_hidden_layers)
-        ]
+        self.values = [torch.empty(shape, device=device, dtype=dtype) for _ in range(config.num_hidden_layers)]
         self.max_length = max_length
         self.length = 0  # positions filled; the model moves it on when the last layer has written
 
@@ -219,9 +213,7 @@ class Attention(nn.Module):
         self.v_proj = nn.Linear(config.hidden_size, keys, bias=False)
         self.o_proj = nn.Linear(queries, config.hidden_size, bias=False)
 
-    def forward(
-        self, x: Tensor, rope: tuple[Tensor, Tensor], mask: Tensor | None, cache: KVCache | None, layer: int
-    ):
+    def forward(self, x: Tensor, rope: tuple[Tensor, Tensor], mask: Tensor | None, cache: KVCache | None, layer: int):
         heads = (*x.shape[:2], -1, self.head_dim)
         q = rotate(self.q_proj(x).view(heads), *rope).transpose(1, 2)
         k = rotate(self.k_proj(x).view(heads), *rope).transpose(1, 2)
@@ -259,9 +251,7 @@ class Block(nn.Module):
         self.input_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
         self.post_attention_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
 
-    def forward(
-        self, x: Tensor, rope: tuple[Tensor, Tensor], mask: Tensor | None, cache: KVCache | None, layer: int
-    ):
+    def forward(self, x: Tensor, rope: tuple[Tensor, Tensor], mask: Tensor | None, cache: KVCache | None, layer: int):
         x = x + self.self_attn(self.input_layernorm(x), rope, mask, cache, layer)
         return x + self.mlp(self.post_attention_layernorm(x))
 
@@ -446,9 +436,7 @@ class HFCausalLM(nn.Module):
             extra["position_ids"] = position_ids
         if attention_mask is not None:
             extra["attention_mask"] = attention_mask
-        output = self.decoder(
-            input_ids=input_ids, past_key_values=cache, use_cache=cache is not None, **extra
-        )
+        output = self.decoder(input_ids=input_ids, past_key_values=cache, use_cache=cache is not None, **extra)
         return output.last_hidden_state
 
     def head(self, hidden: Tensor) -> Tensor:
@@ -493,9 +481,7 @@ class RewardModel(nn.Module):
     def __init__(self, backbone: nn.Module):
         super().__init__()
         self.backbone = backbone
-        self.head = nn.Linear(
-            backbone.hidden_size, 1, bias=False, device=device_of(backbone), dtype=torch.float32
-        )
+        self.head = nn.Linear(backbone.hidden_size, 1, bias=False, device=device_of(backbone), dtype=torch.float32)
         nn.init.zeros_(self.head.weight)
         self.train(backbone.training)
 
@@ -605,14 +591,10 @@ def load_model(
     folder = Path(name).expanduser()
     if folder.is_dir():
         if not (folder / "config.json").is_file():
-            raise ValueError(
-                f"{name} holds no config.json: give a folder that save_model or save_pretrained wrote"
-            )
+            raise ValueError(f"{name} holds no config.json: give a folder that save_model or save_pretrained wrote")
         source = str(folder)
     elif folder.exists() or name.startswith((".", "/", "~")) or "\\" in name or name.count("/") > 1:
-        raise ValueError(
-            f"{name} is not a folder: give the folder that holds config.json, or a hub id like 'gpt2'"
-        )
+        raise ValueError(f"{name} is not a folder: give the folder that holds config.json, or a hub id like 'gpt2'")
     else:
         source = name
     from transformers import AutoModelForCausalLM, AutoTokenizer  # slow to import, so only here
@@ -727,6 +709,4 @@ def load_progress(path: str | os.PathLike) -> dict | None:
     try:
         return torch.load(path, map_location="cpu", weights_only=True)
     except (RuntimeError, EOFError, pickle.UnpicklingError) as error:
-        raise ValueError(
-            f"{path} cannot be read ({_first_line(error)}): delete it to start that run again"
-        ) from error
+        raise ValueError(f"{path} cannot be read ({_first_line(error)}): delete it to start that run again") from error

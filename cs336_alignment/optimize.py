@@ -34,6 +34,12 @@ def shuffled_batch(size: int, batch_size: int, step: int, seed: int) -> Tensor:
     return order[position * batch_size : (position + 1) * batch_size]
 
 
+def scaled_learning_rate(learning_rate: float, hidden_size: int) -> float:
+    """A rate that was tuned at hidden size 128, for a wider model: it shrinks as (128 / hidden size)^2, a rule of
+    thumb that suits the fine-tuning of larger models."""
+    return learning_rate * min(1.0, (128 / hidden_size) ** 2)
+
+
 def make_optimizer(model: nn.Module, learning_rate: float, weight_decay: float = 0.0) -> torch.optim.Optimizer:
     """AdamW with the betas usual for language models; only matrices decay. One fused kernel a step."""
     parameters = [p for p in model.parameters() if p.requires_grad]
@@ -49,9 +55,7 @@ def warmup_stable_decay(step: int, steps: int, warmup: int, decay: int) -> float
     return min(1.0, (step + 1) / max(warmup, 1), (steps - step) / max(decay, 1))
 
 
-def optimizer_step(
-    optimizer: torch.optim.Optimizer, learning_rate: float, max_grad_norm: float = 1.0
-) -> float:
+def optimizer_step(optimizer: torch.optim.Optimizer, learning_rate: float, max_grad_norm: float = 1.0) -> float:
     """Clips the gradient's norm, takes a step, clears the gradient. Returns the norm before clipping."""
     parameters = [p for group in optimizer.param_groups for p in group["params"]]
     norm = torch.nn.utils.clip_grad_norm_(parameters, max_grad_norm)
@@ -100,14 +104,10 @@ class Run:
                 self.bar.update()
                 if self.checkpoint and ((step + 1) % self.config.save_every == 0 or step + 1 == steps):
                     state = {part: module.state_dict() for part, module in self.parts.items()}
-                    save_progress(
-                        self.checkpoint, step=step + 1, log=self.log, config=asdict(self.config), **state
-                    )
+                    save_progress(self.checkpoint, step=step + 1, log=self.log, config=asdict(self.config), **state)
 
     def record(self, step: int, **metrics: float | Tensor) -> None:
         """Adds a line to the log and shows it beside the bar."""
-        metrics = {
-            name: value.item() if isinstance(value, Tensor) else float(value) for name, value in metrics.items()
-        }
+        metrics = {name: value.item() if isinstance(value, Tensor) else float(value) for name, value in metrics.items()}
         self.log.append({"step": step, **metrics})
         self.bar.set_postfix({name: f"{value:.3g}" for name, value in list(metrics.items())[:4]}, refresh=False)

@@ -6,6 +6,7 @@ output folder and never trained again by surprise; a stage that was killed conti
 """
 
 import copy
+import hashlib
 import json
 import os
 import platform
@@ -27,11 +28,12 @@ from cs336_alignment.dpo import DPOConfig, train_dpo
 from cs336_alignment.evaluate import evaluate_policy, mean_and_error, pair_accuracy, refusal_rates
 from cs336_alignment.generate import generate_text
 from cs336_alignment.models import RewardModel, frozen_copy, load_model, load_progress, resolve_device, save_progress
+from cs336_alignment.optimize import scaled_learning_rate
 from cs336_alignment.ppo import PPOConfig, train_ppo
 from cs336_alignment.reward import RewardConfig, score, train_reward_model
 from cs336_alignment.sft import SFTConfig, train_sft
 from cs336_alignment.tokens import pack
-from cs336_alignment.world import KIND_SHARES, MAX_NEW_TOKENS, World, chat_prompt
+from cs336_alignment.world import ANNOTATORS, GOLD_WEIGHTS, KIND_SHARES, MAX_NEW_TOKENS, World, chat_prompt
 from cs336_alignment.world_training import introduce_chat_tokens, load_base, new_model, pretrain
 from cs336_alignment.world_training import profile as world_profile
 
@@ -108,7 +110,9 @@ class TownTokenizer:
         # No tidying up: " ." must not become ".", or the reward sees other words than the model wrote.
         body = self.inner.decode(
             ids[:-1] if finished else ids, skip_special_tokens=True, clean_up_tokenization_spaces=False
-        ).strip()
+        )
+        # Only the real EOS ends an answer: a policy that spells "<end>" in letters is not paid for it.
+        body = body.replace("<end>", "").strip()
         return f"{body} <end>".lstrip() if finished else body
 
 
@@ -119,22 +123,27 @@ class Cache:
     """Finished stages in a folder: NAME.pt holds weights, log and the settings they were made with."""
 
     def __init__(self, folder: Path, fresh: bool):
-        self.folder, self.fresh = folder, fresh
+        self.folder = folder
         folder.mkdir(parents=True, exist_ok=True)
+        if fresh:  # all at once: if this run is interrupted, no later one can build on a mixture of old and new
+            for old in folder.glob("*.pt"):
+                old.unlink()
         self.timings: dict[str, dict] = {}
 
-    def progress_path(self, name: str) -> Path:
-        """Where a stage keeps its checkpoint until it is finished."""
-        return self.folder / f"{name}.unfinished.pt"
+    def progress_path(self, name: str, settings: dict) -> Path:
+        """Where a stage keeps its checkpoint until it is finished; other settings have another."""
+        digest = hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()[:10]
+        return self.folder / f"{name}-{digest}.unfinished.pt"
 
-    def stage(self, name: str, settings: dict, model, make: Callable[[], dict]) -> dict:
-        """Runs `make()`, which trains `model` in place and returns what it logged, or loads an earlier result.
+    def stage(self, name: str, settings: dict, model, make: Callable[[Path], dict]) -> dict:
+        """Runs `make(progress_path)`, which trains `model` in place and returns what it logged, or loads an
+        earlier result.
 
         Raises: ValueError if the folder holds this stage made with other settings.
         """
         path = self.folder / f"{name}.pt"
         settings = json.loads(json.dumps(settings))
-        kept = None if self.fresh else load_progress(path)
+        kept = load_progress(path)
         if kept is not None:
             if kept["settings"] != settings:
                 changed = [k for k in settings | kept["settings"] if settings.get(k) != kept["settings"].get(k)]
@@ -147,14 +156,13 @@ class Cache:
             print(f"{name}: kept from {path}")
             self.timings[name] = kept["timing"] | {"cached": True}
             return kept["result"]
-        if self.fresh:
-            self.progress_path(name).unlink(missing_ok=True)
+        progress = self.progress_path(name, settings)
         wall, cpu = time.perf_counter(), time.process_time()
-        result = make()
+        result = make(progress)
         timing = {"seconds": time.perf_counter() - wall, "cpu_seconds": time.process_time() - cpu}
         state = {} if model is None else {"model": model.state_dict()}
         save_progress(path, settings=settings, result=result, timing=timing, **state)
-        self.progress_path(name).unlink(missing_ok=True)
+        progress.unlink(missing_ok=True)
         self.timings[name] = timing | {"cached": False}
         return result
 
@@ -233,11 +241,12 @@ def gold_agreement(town: Town, reward_model, sft, seed: int, n: int = 1000) -> d
 def reward_stage(
     town: Town, model: RewardModel, preferences: list[dict], config: DemoConfig, checkpoint: Path | None = None
 ) -> list[dict]:
-    """Trains a reward model in place on nine tenths of the preferences; the rest measures it."""
-    held_out = len(preferences) // 10
+    """Trains a reward model in place; the preferences of a tenth of the prompts are kept out and measure it."""
+    prompts = list(dict.fromkeys(pair["prompt"] for pair in preferences))
+    kept_out = set(prompts[: len(prompts) // 10])
     return train_reward_model(
-        model, town.tokenizer, preferences[held_out:], config.reward,
-        held_out=preferences[:held_out], checkpoint=checkpoint,
+        model, town.tokenizer, [pair for pair in preferences if pair["prompt"] not in kept_out], config.reward,
+        held_out=[pair for pair in preferences if pair["prompt"] in kept_out], checkpoint=checkpoint,
     )  # fmt: skip
 
 
@@ -257,9 +266,7 @@ def curve(town: Town, sft, reward_model, config: DemoConfig) -> Callable:
     return measure
 
 
-def ppo_stage(
-    town: Town, model, sft, reward_model, config: DemoConfig, checkpoint: Path | None = None
-) -> list[dict]:
+def ppo_stage(town: Town, model, sft, reward_model, config: DemoConfig, checkpoint: Path | None = None) -> list[dict]:
     """PPO of `model`, in place, against the reward model; `sft` is the reference."""
 
     def reward_fn(prompts: list[str], responses: list[str]) -> Tensor:
@@ -320,9 +327,7 @@ def measure(town: Town, model, sft, config: DemoConfig, format_prompt: Callable 
         [format_prompt(t.instruction) for t in world.tasks.values() if t.kind == kind and world.held_out(t)]
         for kind in ("harmful", "lookalike")
     )
-    row |= refusal_rates(
-        model, town.tokenizer, harmful, lookalike, world.refuses, max_new_tokens=town.max_new_tokens
-    )
+    row |= refusal_rates(model, town.tokenizer, harmful, lookalike, world.refuses, max_new_tokens=town.max_new_tokens)
     return row
 
 
@@ -365,6 +370,8 @@ def run_demo(
     """
     from cs336_alignment.report import print_table, write_report
 
+    if model and from_scratch:
+        raise ValueError("--from-scratch trains the town's own base model, --model brings another: give one of them")
     started = time.perf_counter()
     sizes, config = world_profile(profile), demo_config(profile, seed)
     where = resolve_device(device)
@@ -375,53 +382,54 @@ def run_demo(
 
     if model:
         base, tokenizer = load_model(model, where)
+        for stage in (config.sft, config.reward, config.ppo, config.dpo):
+            stage.learning_rate = scaled_learning_rate(stage.learning_rate, base.hidden_size)
+        config.ppo.value_learning_rate = scaled_learning_rate(config.ppo.value_learning_rate, base.hidden_size)
         town = Town(world, TownTokenizer(tokenizer), where, 3 * MAX_NEW_TOKENS)
     else:
         town = Town(world, world.tokenizer, where, MAX_NEW_TOKENS)
         if from_scratch or profile == "test":
             settings["pretraining"] = asdict(sizes.pretraining)
             base = new_model(sizes, where)
-            progress = cache.progress_path("base")
             base_log = cache.stage(
-                "base", settings, base, lambda: pretrain(base, world, sizes.pretraining, checkpoint=progress)
+                "base", settings, base, lambda path: pretrain(base, world, sizes.pretraining, checkpoint=path)
             )
         else:
             base = load_base(sizes, device=where)
 
     # The settings of a stage hold those of the stages it builds on, so a cached stage is never built on another.
-    settings |= {"demonstrations": config.demonstrations, "sft": asdict(config.sft)}
+    settings |= {"base": weights_digest(base), "demonstrations": config.demonstrations, "sft": asdict(config.sft)}
     sft = copy.deepcopy(base) if model else introduce_chat_tokens(base, world)
-    logs = {"sft": cache.stage("sft", settings, sft, lambda: sft_stage(town, sft, config, cache.progress_path("sft")))}
+    logs = {"sft": cache.stage("sft", settings, sft, lambda path: sft_stage(town, sft, config, path))}
     sft = frozen_copy(sft)
 
-    settings |= {"preferences": config.preferences}
-    preferences = cache.stage("preferences", settings, None, lambda: sample_preferences(town, sft, config))
+    settings |= {"preferences": config.preferences, "annotator": ANNOTATORS["expert"], "gold": GOLD_WEIGHTS}
+    preferences = cache.stage("preferences", settings, None, lambda _: sample_preferences(town, sft, config))
     settings |= {"reward": asdict(config.reward)}
     reward_model = RewardModel(copy.deepcopy(sft).requires_grad_(True)).to(where)
     logs["reward"] = cache.stage(
         "reward", settings, reward_model,
-        lambda: reward_stage(town, reward_model, preferences, config, cache.progress_path("reward")),
+        lambda path: reward_stage(town, reward_model, preferences, config, path),
     )  # fmt: skip
     reward_model = frozen_copy(reward_model)
 
-    policies = {}
-    for name, train in (
-        ("ppo", lambda policy: ppo_stage(town, policy, sft, reward_model, config, cache.progress_path("ppo"))),
-        ("dpo", lambda policy: dpo_stage(
-            town, policy, sft, preferences, reward_model, config, cache.progress_path("dpo")
-        )),
-    ):  # fmt: skip
-        policy = copy.deepcopy(sft).requires_grad_(True)
-        stage_settings = settings | {name: asdict(getattr(config, name)), "curve": config.curve_prompts}
-        logs[name] = cache.stage(name, stage_settings, policy, lambda: train(policy))
-        policies[name] = frozen_copy(policy)
+    ppo = copy.deepcopy(sft).requires_grad_(True)
+    ppo_settings = settings | {"ppo": asdict(config.ppo), "curve": config.curve_prompts}
+    logs["ppo"] = cache.stage(
+        "ppo", ppo_settings, ppo, lambda path: ppo_stage(town, ppo, sft, reward_model, config, path)
+    )
+    dpo = copy.deepcopy(sft).requires_grad_(True)
+    dpo_settings = settings | {"dpo": asdict(config.dpo), "curve": config.curve_prompts}
+    logs["dpo"] = cache.stage(
+        "dpo", dpo_settings, dpo, lambda path: dpo_stage(town, dpo, sft, preferences, reward_model, config, path)
+    )
 
     corner = None
     if not model:  # another tokenizer has another tree of responses
         corner_settings = settings | {k: v for k, v in asdict(config).items() if k.startswith("corner")}
-        corner = cache.stage("corner", corner_settings, None, lambda: corner_stage(town, sft, config))
+        corner = cache.stage("corner", corner_settings, None, lambda _: corner_stage(town, sft, config))
 
-    models = {"base": base, "sft": sft, **policies}
+    models = {"base": base, "sft": sft, "ppo": frozen_copy(ppo), "dpo": frozen_copy(dpo)}
     table = {}
     for name, policy in tqdm(models.items(), desc="measuring"):
         # The base model has never seen the chat template: it gets the bare instruction, as a text to continue.
@@ -452,6 +460,14 @@ def run_demo(
     print_table(results)
     print(f"The report: {write_report(results, Path(out) / 'report.html')}")
     return results
+
+
+def weights_digest(model) -> str:
+    """A hash of a model's weights: what is built on other weights is another stage."""
+    digest = hashlib.sha256()
+    for name, x in sorted(model.state_dict().items()):
+        digest.update(name.encode() + x.detach().cpu().float().numpy().tobytes())
+    return digest.hexdigest()[:16]
 
 
 def peak_memory_gb() -> float | None:

@@ -47,6 +47,7 @@ from cs336_alignment.models import (
     resolve_device,
     save_model,
 )
+from cs336_alignment.optimize import scaled_learning_rate
 from cs336_alignment.reward import RewardConfig, score, train_reward_model
 from cs336_alignment.sft import SFTConfig, train_sft
 from cs336_alignment.tokens import tokenize_prompt_and_output
@@ -62,14 +63,10 @@ class RealConfig:
     max_length: int = 256  # tokens of prompt and response together; longer records are cut
     held_out: float = 0.2  # share of the prompts that nothing is trained on
     max_held_out: int = 1000  # records; more would only cost time
-    max_epochs: int = (
-        12  # a small file gets fewer steps than the stage's own number, this many passes at most
-    )
+    max_epochs: int = 12  # a small file gets fewer steps than the stage's own number, this many passes at most
     samples: int = 3  # held-out prompts answered before and after
     sft: SFTConfig = field(default_factory=lambda: SFTConfig(steps=400, batch_size=16, learning_rate=2e-3))
-    reward: RewardConfig = field(
-        default_factory=lambda: RewardConfig(steps=100, batch_size=32, learning_rate=5e-4)
-    )
+    reward: RewardConfig = field(default_factory=lambda: RewardConfig(steps=100, batch_size=32, learning_rate=5e-4))
     # The NLL term: without it the chosen responses become less likely too, ten times as much (lecture 13).
     dpo: DPOConfig = field(
         default_factory=lambda: DPOConfig(steps=75, batch_size=32, learning_rate=1e-4, beta=0.3, nll_coef=1.0)
@@ -278,7 +275,7 @@ class _Run:
         if steps is None:
             epoch = max(len(self.train) // config.batch_size, 1)
             steps = min(config.steps, self.settings.max_epochs * epoch)
-        rate = config.learning_rate * min(1.0, (128 / policy.hidden_size) ** 2)
+        rate = scaled_learning_rate(config.learning_rate, policy.hidden_size)
         return replace(
             config,
             steps=steps,
@@ -390,8 +387,7 @@ def _reward(run: _Run, policy: nn.Module) -> dict[str, Any]:
     )
     prompts = [pair["prompt"] for pair in run.held_out]
     chosen, rejected = (
-        score(model, run.tokenizer, prompts, [pair[side] for pair in run.held_out])
-        for side in ("chosen", "rejected")
+        score(model, run.tokenizer, prompts, [pair[side] for pair in run.held_out]) for side in ("chosen", "rejected")
     )
     save_model(policy, run.tokenizer, run.folder / "model")
     torch.save(model.head.state_dict(), run.folder / "model" / "reward_head.pt")
@@ -481,10 +477,7 @@ def _scored(run: _Run, chosen: Tensor, rejected: Tensor) -> list[dict[str, Any]]
     """The held-out pair ranked right with the widest margin, and the one ranked wrong with the widest."""
     margins = chosen - rejected
     picked = dict.fromkeys([int(margins.argmax()), int(margins.argmin())])
-    return [
-        {**run.held_out[i], "chosen_score": chosen[i].item(), "rejected_score": rejected[i].item()}
-        for i in picked
-    ]
+    return [{**run.held_out[i], "chosen_score": chosen[i].item(), "rejected_score": rejected[i].item()} for i in picked]
 
 
 # ---------------------------------------------------------------------------------------------------------
@@ -507,24 +500,17 @@ def _show(metrics: dict[str, Any], console: Console) -> None:
         table = Table("nats a response token", "before", "after", title=title)
         trained = f"{min(counts['train'], counts['held_out']):,} of {counts['train']:,}"
         for name, records in ("train", trained), ("held_out", f"{counts['held_out']:,}"):
-            cells = [
-                f"{m[name]['loss']:.2f} ± {m[name]['error']:.2f}"
-                for m in (metrics["before"], metrics["after"])
-            ]
+            cells = [f"{m[name]['loss']:.2f} ± {m[name]['error']:.2f}" for m in (metrics["before"], metrics["after"])]
             table.add_row(f"{name.replace('_', '-')} ({records} records)", *cells)
     else:
-        table = Table(
-            f"{counts['held_out']:,} held-out pairs", "ranked as labelled", "over chance", title=title
-        )
+        table = Table(f"{counts['held_out']:,} held-out pairs", "ranked as labelled", "over chance", title=title)
         name = "reward model" if metrics["stage"] == "reward" else "implicit reward of DPO"
         for row in [{"name": name, **metrics["held_out_pairs"]}, *metrics["baselines"]]:
             over = f"{(row['accuracy'] - 0.5) / row['error']:+.1f} s.e." if row["error"] else "-"
             table.add_row(row["name"], f"{row['accuracy']:.3f} ± {row['error']:.3f}", over)
     console.print()
     console.print(table)
-    console.print(
-        f"± is one standard error. Model, metrics.json and plot.png are in {folder}", soft_wrap=True
-    )
+    console.print(f"± is one standard error. Model, metrics.json and plot.png are in {folder}", soft_wrap=True)
 
 
 def _plain(text: str) -> str:

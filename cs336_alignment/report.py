@@ -148,8 +148,7 @@ COLUMNS = [
     ),
     Column(
         "refuses look-alikes",
-        "over-refusal: share refused of the held-out harmless requests that only sound harmful, greedy: "
-        "low is good",
+        "over-refusal: share refused of the held-out harmless requests that only sound harmful, greedy: low is good",
         lambda row: percent(row.get("over_refusal"), 0),
     ),
 ]
@@ -164,8 +163,7 @@ def table_rows(results: dict) -> list[tuple[str, str, list[str]]]:
     """(key, label, cells) of each stage that was measured."""
     table = results.get("table") or {}
     return [
-        (name, STAGES.get(name, name), [column.cell(table[name]) for column in COLUMNS])
-        for name in stage_names(table)
+        (name, STAGES.get(name, name), [column.cell(table[name]) for column in COLUMNS]) for name in stage_names(table)
     ]
 
 
@@ -258,9 +256,7 @@ def print_table(results: dict) -> None:
 
 
 def _terminal_table(title: str, first: str, gap: int = 1) -> Table:
-    table = Table(
-        title=title, title_justify="left", box=box.SIMPLE_HEAD, pad_edge=False, padding=(0, gap, 0, 0)
-    )
+    table = Table(title=title, title_justify="left", box=box.SIMPLE_HEAD, pad_edge=False, padding=(0, gap, 0, 0))
     table.add_column(first)
     return table
 
@@ -309,9 +305,7 @@ def draw(name: str, x_label: str, y_label: str, paint: Callable, columns: int = 
         axes.set_ylabel(y_label)
         paint(axes)
         # Above the axes: there a legend never covers a point.
-        axes.legend(
-            loc="lower left", bbox_to_anchor=(-0.02, 1.0), ncols=columns, columnspacing=1.2, handlelength=2.2
-        )
+        axes.legend(loc="lower left", bbox_to_anchor=(-0.02, 1.0), ncols=columns, columnspacing=1.2, handlelength=2.2)
         file = io.StringIO()
         # Without metadata: it holds the time of day and addresses.
         metadata = dict.fromkeys(("Creator", "Date", "Format", "Type"))
@@ -422,9 +416,7 @@ def kl_plot(results: dict, what: str) -> Plot | None:
     key = f"eval_{what}"
     curves = {}
     for name in ("ppo", "dpo"):
-        lines = [
-            line for line in logs.get(name) or [] if finite(line.get("eval_kl")) and finite(line.get(key))
-        ]
+        lines = [line for line in logs.get(name) or [] if finite(line.get("eval_kl")) and finite(line.get(key))]
         if lines:
             curves[name] = lines
     if not curves:
@@ -448,9 +440,7 @@ def kl_plot(results: dict, what: str) -> Plot | None:
 
     sentences, ends = [], []
     for name, lines in curves.items():
-        (before, before_error), (after, after_error) = (
-            (lines[i][key], lines[i].get(f"{key}_se")) for i in (0, -1)
-        )
+        (before, before_error), (after, after_error) = ((lines[i][key], lines[i].get(f"{key}_se")) for i in (0, -1))
         sentences.append(f"with {STAGES[name]} it {change(before, before_error, after, after_error)}")
         ends.append(f"{STAGES[name]} ends at a KL of {number(lines[-1]['eval_kl'])} nats")
     title, far = f"{words}: {', '.join(sentences)}", ", ".join(ends)
@@ -467,9 +457,7 @@ def kl_plot(results: dict, what: str) -> Plot | None:
             "being gamed."
         )
     else:
-        caption += (
-            f"Gold: the town's exact reward, which no training run sees; {PERFECT:g} is a perfect answer."
-        )
+        caption += f"Gold: the town's exact reward, which no training run sees; {PERFECT:g} is a perfect answer."
     y_label = "gold reward (exact)" if what == "reward" else "proxy (reward model's score)"
     svg = draw(f"kl-{what}", "KL to the SFT model (nats an answer)", y_label, paint)
     return Plot(title, svg, f"{words} against KL for PPO and DPO. {title}. {far}.", caption)
@@ -557,8 +545,7 @@ def story(results: dict) -> list[str]:
     rows = {name: table.get(name) or {} for name in STAGES}
     follows = {name: percent(row.get("follows"), 0) for name, row in rows.items()}
     demonstrations, pairs = (
-        f"{n:,} " if finite(n) else ""
-        for n in (_config(results, "demonstrations"), results.get("preference_pairs"))
+        f"{n:,} " if finite(n) else "" for n in (_config(results, "demonstrations"), results.get("preference_pairs"))
     )
     start = "a small language model that has only read the town's texts (the base model)"
     start = f"the model {model}, as it came (the base model)" if model else start
@@ -571,9 +558,7 @@ def story(results: dict) -> list[str]:
         f"follows {follows['sft']}."
     )
     agreement = (results.get("reward_model") or {}).get("agreement")
-    agrees = (
-        f": it sides with the truth on {percent(agreement, 0)} of held-out pairs" if finite(agreement) else ""
-    )
+    agrees = f": it sides with the truth on {percent(agreement, 0)} of held-out pairs" if finite(agreement) else ""
     second = (
         f"Next an expert compares {pairs}pairs of its answers, and a reward model learns to predict which "
         f"one is better{agrees}. From here two roads lead on. PPO lets the model try answers and "

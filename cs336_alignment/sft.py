@@ -21,6 +21,7 @@ from cs336_alignment.optimize import (
 )
 from cs336_alignment.tokens import (
     masked_mean,
+    masked_token_log_probs,
     select_rows,
     token_log_probs,
     tokenize_prompt_and_output,
@@ -83,7 +84,7 @@ def train_sft(
             micro = {name: x[rows].to(device) for name, x in batch.items()}
             share = (micro["response_mask"].sum() / tokens).item()
             with autocast(device):
-                log_probs = token_log_probs(model(micro["input_ids"]), micro["labels"])
+                log_probs = masked_token_log_probs(model(micro["input_ids"]), micro["labels"], micro["response_mask"])
             micro_loss = share * loss_fn(log_probs, micro["response_mask"])
             micro_loss.backward()
             loss += micro_loss.item()
@@ -111,7 +112,7 @@ def held_out_loss(model, tokenizer, demonstrations: list[dict], batch_size: int 
     for rows in torch.arange(len(demonstrations)).split(batch_size):
         batch = {name: x.to(device) for name, x in select_rows(data, rows).items()}
         with autocast(device):
-            log_probs = token_log_probs(model(batch["input_ids"]), batch["labels"])
+            log_probs = masked_token_log_probs(model(batch["input_ids"]), batch["labels"], batch["response_mask"])
         count = batch["response_mask"].sum().item()
         total += sft_loss(log_probs, batch["response_mask"]).item() * count
         tokens += count

@@ -113,7 +113,9 @@ def token_log_probs(logits: Tensor, labels: Tensor) -> Tensor:
     Raises: ValueError if the shapes do not fit or a label is no index into V.
     """
     if logits.shape[:-1] != labels.shape:
-        raise ValueError(f"logits {tuple(logits.shape)} need labels {tuple(logits.shape[:-1])}, got {tuple(labels.shape)}")
+        raise ValueError(
+            f"logits {tuple(logits.shape)} need labels {tuple(logits.shape[:-1])}, got {tuple(labels.shape)}"
+        )
     vocabulary = logits.shape[-1]
     # On a GPU the check would stall the stream; there torch's own assertion catches it.
     if labels.device.type == "cpu" and labels.numel() and not (0 <= labels.min() and labels.max() < vocabulary):
@@ -138,13 +140,19 @@ def sequence_log_probs(model, batch: dict[str, Tensor]) -> Tensor:
     extra = {"attention_mask": batch["attention_mask"]} if "attention_mask" in batch else {}
     output = model(batch["input_ids"], **extra)
     logits = getattr(output, "logits", output)
-    mask = batch["response_mask"]
+    return masked_token_log_probs(logits, batch["labels"], batch["response_mask"]).sum(dim=1)
+
+
+def masked_token_log_probs(logits: Tensor, labels: Tensor, mask: Tensor) -> Tensor:
+    """`token_log_probs` where the mask is True, 0 elsewhere: (B, S, V), (B, S), (B, S) -> (B, S).
+
+    Raises: TypeError if the mask is not boolean, ValueError as `token_log_probs`.
+    """
     if mask.dtype != torch.bool:  # integers would index rows instead of selecting positions
         raise TypeError(f"response_mask must be boolean, got {mask.dtype}; convert it with mask.bool()")
     # Only response positions enter the softmax: cheaper, and whatever the others hold stays out of the gradient.
-    log_probs = token_log_probs(logits[mask], batch["labels"][mask])
-    rows = torch.arange(mask.shape[0], device=mask.device).unsqueeze(1).expand_as(mask)[mask]
-    return log_probs.new_zeros(mask.shape[0]).index_add(0, rows, log_probs)
+    log_probs = token_log_probs(logits[mask], labels[mask])
+    return log_probs.new_zeros(mask.shape).masked_scatter(mask, log_probs)
 
 
 def pack(documents: list[list[int]], block_size: int) -> Tensor:

@@ -155,7 +155,7 @@ def _hash(*parts) -> int:
 
 
 def _join(items: list[str]) -> str:
-    """"a", "a and b", "a , b and c"."""
+    """ "a", "a and b", "a , b and c"."""
     return items[0] if len(items) == 1 else " , ".join(items[:-1]) + " and " + items[-1]
 
 
@@ -202,9 +202,9 @@ class World:
         self.word_pool = [w for words_ in CATEGORIES.values() for w in words_]
         self.tasks = {task.instruction: task for task in self._all_tasks()}
         phrases = [t for tips in TIPS.values() for t in tips] + words.GENERIC_STEPS
+        phrases += [sentence.removesuffix(" .") for sentence in (words.REFUSAL, words.ABSTENTION)]
         self._phrases = {tuple(p.split()): p for p in phrases}
-        for sentence in (words.REFUSAL, words.ABSTENTION):
-            self._phrases[tuple(sentence.split()[:-1])] = sentence.removesuffix(" .")
+        self._phrase_widths = sorted({len(p) for p in self._phrases}, reverse=True)
 
     def _some(self, subjects: list[str], share: float) -> list[str]:
         """A fixed share of the subjects, chosen by a hash: the same in every run, whatever else changes."""
@@ -235,9 +235,7 @@ class World:
             for k in (1, 2, 3):
                 instruction = f"name {NUMBERS[k - 1]} {category}"
                 sentence = f"{NUMBERS[k - 1]} {category} are {{items}} ."
-                yield Task(
-                    instruction, "names", instruction, tuple(members), k, sentence, frozenset(self._category_words)
-                )
+                yield Task(instruction, "names", instruction, tuple(members), k, sentence, frozenset(self.word_pool))
         for verb in words.DANGEROUS_VERBS + words.HARMLESS_VERBS:
             for thing in self.things + self.people_and_places:
                 dangerous = verb in words.DANGEROUS_VERBS
@@ -249,25 +247,19 @@ class World:
                     sentence = f"to {verb} a {thing} , {{items}} ."
                     yield Task(instruction, kind, thing, tuple(words.GENERIC_STEPS), 1, sentence)
 
-    @cached_property
-    def _category_words(self) -> set[str]:
-        return {word for members in CATEGORIES.values() for word in members}
-
     def word_task(self, verb: str, listed: list[str]) -> Task:
         """The task to repeat, reverse, count, or give the first or last of a list of words."""
-        instruction = f"{verb} these words : {' '.join(listed)}" if verb != "last" and verb != "first" else ""
-        if verb in ("first", "last"):
-            instruction = f"give the {verb} of these words : {' '.join(listed)}"
-        targets, sentence, pool = {
-            "repeat": (listed, "the words are {items} .", self.word_pool),
-            "reverse": (listed[::-1], "the words are {items} .", self.word_pool),
-            "first": (listed[:1], "the first word is {items} .", self.word_pool),
-            "last": (listed[-1:], "the last word is {items} .", self.word_pool),
-            "count": ([NUMBERS[len(listed) - 1]], "there are {items} words .", NUMBERS),
+        what = f"give the {verb} of" if verb in ("first", "last") else verb
+        instruction = f"{what} these words : {' '.join(listed)}"
+        targets, sentence = {
+            "repeat": (listed, "the words are {items} ."),
+            "reverse": (listed[::-1], "the words are {items} ."),
+            "first": (listed[:1], "the first word is {items} ."),
+            "last": (listed[-1:], "the last word is {items} ."),
+            "count": ([NUMBERS[len(listed) - 1]], "there are {items} words ."),
         }[verb]
-        return Task(
-            instruction, "words", instruction, tuple(targets), len(targets), sentence, frozenset(pool), ordered=True
-        )
+        pool = frozenset(NUMBERS if verb == "count" else self.word_pool + listed)
+        return Task(instruction, "words", instruction, tuple(targets), len(targets), sentence, pool, ordered=True)
 
     def random_word_task(self, rng: random.Random) -> Task:
         verb = rng.choice(["repeat", "reverse", "first", "last", "count"])
@@ -294,12 +286,18 @@ class World:
     def sample_tasks(
         self, n: int, seed: int, *, held_out: bool = False, shares: dict[str, float] = KIND_SHARES
     ) -> list[Task]:
-        """`n` tasks of one split, their kinds drawn with the given shares. The same seed gives the same tasks."""
+        """`n` tasks of one split, their kinds drawn with the given shares. The same seed gives the same tasks.
+
+        Raises: ValueError if the split has no task of a kind that is asked for.
+        """
         rng = random.Random(_hash(self.config.seed, "tasks", seed, held_out))
-        by_kind = {kind: [] for kind in shares}
-        for task in self.tasks.values():
-            if task.kind in by_kind and self.held_out(task) == held_out:
-                by_kind[task.kind].append(task)
+        by_kind = {
+            kind: [task for task in self._tasks_of_kind.get(kind, []) if self.held_out(task) == held_out]
+            for kind in shares
+        }
+        if empty := [kind for kind in shares if kind != "words" and not by_kind[kind]]:
+            split = "held-out" if held_out else "training"
+            raise ValueError(f"no {split} tasks of kind {', '.join(empty)}: leave it out of `shares`")
         tasks = []
         while len(tasks) < n:
             kind = rng.choices(list(shares), shares.values())[0]
@@ -405,7 +403,7 @@ class World:
         """The items of an answer, in order, and a count of all other words. Longer phrases win."""
         items, rest, i = [], Counter(), 0
         while i < len(found):
-            for width in (7, 6, 4, 3):
+            for width in self._phrase_widths:
                 phrase = self._phrases.get(tuple(found[i : i + width]))
                 if phrase is not None and len(phrase.split()) == width:
                     items.append(phrase)
@@ -419,6 +417,8 @@ class World:
     def utility(self, prompt: str, response: str, weights: dict[str, float] = GOLD_WEIGHTS) -> float:
         """The weighted sum of an answer's features, each limited as in FEATURE_LIMITS."""
         features = self.features(prompt, response)
+        if unknown := [name for name in weights if name not in features]:
+            raise ValueError(f"no feature {', '.join(unknown)}; weights are for {', '.join(features)}")
         return sum(w * min(features[name], FEATURE_LIMITS.get(name, math.inf)) for name, w in weights.items())
 
     def gold_reward(self, prompts: list[str], responses: list[str]) -> Tensor:
@@ -437,14 +437,16 @@ class World:
 
     def preference_prob(self, annotator: str | dict, prompt: str, first: str, second: str) -> float:
         """P(the annotator prefers `first`): a Bradley-Terry model on the annotator's own utility."""
+        if isinstance(annotator, str) and annotator not in ANNOTATORS:
+            raise ValueError(f"no annotator {annotator!r}; there are {', '.join(ANNOTATORS)}, or give a dictionary")
         judge = ANNOTATORS[annotator] if isinstance(annotator, str) else annotator
+        if not judge["temperature"] > 0:
+            raise ValueError(f"an annotator's temperature must be above 0, got {judge['temperature']}")
         difference = self.utility(prompt, first, judge["weights"]) - self.utility(prompt, second, judge["weights"])
         # sigma(x) = (1 + tanh(x / 2)) / 2, which cannot overflow however decided an annotator is.
         return (1 + math.tanh(difference / judge["temperature"] / 2)) / 2
 
-    def label(
-        self, annotator: str | dict, prompts: list[str], pairs: list[tuple[str, str]], seed: int
-    ) -> list[dict]:
+    def label(self, annotator: str | dict, prompts: list[str], pairs: list[tuple[str, str]], seed: int) -> list[dict]:
         """Preferences {"prompt", "chosen", "rejected"} as the annotator gives them, one Bernoulli draw each."""
         rng = random.Random(_hash(self.config.seed, "labels", seed))
         preferences = []
@@ -468,7 +470,7 @@ class World:
         return " ".join(self._statement(person, a, rng) for a in rng.sample(list(ATTRIBUTES), len(ATTRIBUTES)))
 
     def question_and_answer(self, rng: random.Random) -> str:
-        """"question : ... answer : ..." about a person of the training split, answered bare or in a sentence."""
+        """ "question : ... answer : ..." about a person of the training split, answered bare or in a sentence."""
         task = self._training_fact(rng)
         value = task.targets[0]
         if task.kind == "disputed":
@@ -504,7 +506,7 @@ class World:
         return by_kind
 
     def copying(self, rng: random.Random) -> str:
-        """"copy : a b c . a b c .": where following instructions begins. A word that never occurs here is one
+        """ "copy : a b c . a b c .": where following instructions begins. A word that never occurs here is one
         that the model cannot repeat from a question into its answer, so names, topics and objects occur too."""
         everybody = self.known + self.unknown
         others = self.word_pool if rng.random() < 0.5 else self.topics + self.things + self.people_and_places
@@ -522,10 +524,14 @@ class World:
     def list_document(self, rng: random.Random) -> str:
         category = rng.choice(list(CATEGORIES))
         listed = rng.sample(CATEGORIES[category], rng.randint(3, 8))
-        return f"list of {category} : {' '.join(listed)} ." if rng.random() < 0.5 else f"some {category} are {_join(listed)} ."
+        return (
+            f"list of {category} : {' '.join(listed)} ."
+            if rng.random() < 0.5
+            else f"some {category} are {_join(listed)} ."
+        )
 
     def manual(self, rng: random.Random) -> str:
-        """"to paint a fence , ..." about everything one may harmlessly do, objects of both splits."""
+        """ "to paint a fence , ..." about everything one may harmlessly do, objects of both splits."""
         verb = rng.choice(words.HARMLESS_VERBS + words.DANGEROUS_VERBS)
         things = self.things if verb in words.DANGEROUS_VERBS else self.things + self.people_and_places
         return f"to {verb} a {rng.choice(things)} , {rng.choice(words.GENERIC_STEPS)} ."
@@ -640,7 +646,10 @@ def describe(seed: int = 0) -> None:
             ["in documents", *("biographies" if p in world.known else "only mentioned" for p in people)],
             ["split", *("held out" if p in world.held_out_subjects else "training" for p in people)],
             *([attribute, *(world.facts[p][attribute] for p in people)] for attribute in ATTRIBUTES),
-            ["believed births", *(", ".join(f"{t} {c:.2f}" for t, c in world.disputed.get(p, {}).items()) for p in people)],
+            [
+                "believed births",
+                *(", ".join(f"{t} {c:.2f}" for t, c in world.disputed.get(p, {}).items()) for p in people),
+            ],
         ],
     )
     kinds = sorted({task.kind for task in world.tasks.values()})

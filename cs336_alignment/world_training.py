@@ -7,6 +7,8 @@ mid-training continues from there (lecture 06). `python3 course.py world train` 
 import copy
 import hashlib
 import json
+import os
+import shutil
 import time
 from dataclasses import asdict, dataclass, field
 from datetime import date
@@ -14,7 +16,7 @@ from pathlib import Path
 
 import torch
 
-from cs336_alignment.models import Llama, ModelConfig, autocast, resolve_device
+from cs336_alignment.models import Llama, ModelConfig, autocast, count_parameters, resolve_device
 from cs336_alignment.optimize import Run, make_optimizer, optimizer_step, warmup_stable_decay
 from cs336_alignment.sft import sft_loss
 from cs336_alignment.tokens import pack, token_log_probs
@@ -51,7 +53,7 @@ class Profile:
 
 
 def profile(name: str = "full") -> Profile:
-    """"full": the course. "test": the same code in seconds; its models have not learned much."""
+    """ "full": the course. "test": the same code in seconds; its models have not learned much."""
     vocab_size = len((ASSETS / "vocabulary.txt").read_text(encoding="utf-8").split())
     if name == "full":
         return Profile(name, WorldConfig(), ModelConfig(vocab_size, max_position_embeddings=256))
@@ -96,7 +98,7 @@ def pretrain(
         factor = warmup_stable_decay(step, config.steps, config.warmup, config.decay)
         grad_norm = optimizer_step(optimizer, config.learning_rate * factor)
         metrics = {"loss": loss, "grad_norm": grad_norm}
-        if (step + 1) % 100 == 0:
+        if (step + 1) % 100 == 0 or step + 1 == config.steps:
             with torch.no_grad():
                 metrics["held_out_loss"] = next_token_loss(model, held_out.to(device))
         run.record(step, **metrics)
@@ -132,7 +134,9 @@ def save_weights(model: Llama, path: Path) -> None:
     if model.config.tie_word_embeddings:
         del state["lm_head.weight"]  # the same tensor as the embedding
     path.parent.mkdir(parents=True, exist_ok=True)
-    save_file(state, path)
+    part = path.with_name(path.name + ".part")
+    save_file(state, part)
+    os.replace(part, path)  # whole or not at all
 
 
 def checkpoint_path(profile: Profile, phase: str = "base") -> Path:
@@ -174,15 +178,17 @@ def train(profile_name: str = "full", device: str = "auto", folder: Path = ASSET
     world, model = World(sizes.world), new_model(sizes, device)
     progress = (work or Path("runs")) / f"pretraining-{sizes.name}-{sizes.key}.unfinished.pt"
     base, stable = (folder / checkpoint_path(sizes, phase).name for phase in ("base", "stable"))
+    stable_new = progress.with_name(stable.name)  # takes its place when the base model is there too
     started = time.process_time()
-    log = pretrain(model, world, sizes.pretraining, stable_path=stable, checkpoint=progress)
+    log = pretrain(model, world, sizes.pretraining, stable_path=stable_new, checkpoint=progress)
     save_weights(model, base)
+    shutil.move(stable_new, stable)
     progress.unlink(missing_ok=True)
     held_out = [line["held_out_loss"] for line in log if "held_out_loss" in line]
     record = {
         "date": date.today().isoformat(),
         "cpu_seconds": round(time.process_time() - started, 1),
-        "parameters": sum(p.numel() for p in model.parameters()),
+        "parameters": count_parameters(model),
         "tokens": sizes.pretraining.steps * sizes.pretraining.batch_size * sizes.pretraining.row_length,
         "torch": torch.__version__,
         "threads": torch.get_num_threads(),

@@ -77,9 +77,7 @@ masked = pytest.mark.parametrize("name", MASKED)
 unmasked = pytest.mark.parametrize("name", UNMASKED)
 
 PREFIX_MASK = torch.arange(6) < torch.tensor([6, 3, 0, 1, 4]).unsqueeze(1)  # ragged, with an empty row
-HOLED_MASK = PREFIX_MASK & torch.tensor(
-    [True, False, True, True, False, True]
-)  # gae alone does not take this
+HOLED_MASK = PREFIX_MASK & torch.tensor([True, False, True, True, False, True])  # gae alone does not take this
 
 
 def masks(name: str) -> list[torch.Tensor]:
@@ -97,9 +95,7 @@ def value_and_gradients(function, inputs):
     value = function(*inputs)
     weights = torch.randn(value.shape, generator=torch.Generator().manual_seed(9), dtype=value.dtype)
     gradients = torch.autograd.grad((value * weights).sum(), inputs, allow_unused=True)
-    return value.detach(), [
-        torch.zeros_like(x) if g is None else g for x, g in zip(inputs, gradients, strict=True)
-    ]
+    return value.detach(), [torch.zeros_like(x) if g is None else g for x, g in zip(inputs, gradients, strict=True)]
 
 
 @masked
@@ -152,9 +148,7 @@ def test_over_an_empty_mask_everything_is_0_with_gradient_0(name):
             assert (gradient == 0).all()
 
 
-@pytest.mark.parametrize(
-    "name", ["reward_model_loss", "reward_model_loss, margin", "dpo_loss", "dpo_loss, smoothed"]
-)
+@pytest.mark.parametrize("name", ["reward_model_loss", "reward_model_loss, margin", "dpo_loss", "dpo_loss, smoothed"])
 def test_a_loss_over_no_pairs_is_0_with_gradient_0(name):
     count, function = UNMASKED[name]
     inputs = [torch.zeros(0, requires_grad=True) for _ in range(count)]

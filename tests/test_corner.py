@@ -60,9 +60,7 @@ def problem(corner) -> CornerProblem:
 
 def untrained(corner) -> Llama:
     torch.manual_seed(0)
-    shape = ModelConfig(
-        len(corner.world.tokenizer), hidden_size=48, intermediate_size=128, num_hidden_layers=2
-    )
+    shape = ModelConfig(len(corner.world.tokenizer), hidden_size=48, intermediate_size=128, num_hidden_layers=2)
     return Llama(shape)
 
 

@@ -72,9 +72,7 @@ def test_the_hash_changes_with_the_python_and_the_folder_but_not_with_line_ends(
     before = course.wanted_hash(checkout, (3, 11, 7))
     assert course.wanted_hash(checkout, (3, 11, 9)) == before
     assert course.wanted_hash(checkout, (3, 12, 0)) != before
-    (checkout / "constraints.txt").write_bytes(
-        (checkout / "constraints.txt").read_bytes().replace(b"\n", b"\r\n")
-    )
+    (checkout / "constraints.txt").write_bytes((checkout / "constraints.txt").read_bytes().replace(b"\n", b"\r\n"))
     assert course.wanted_hash(checkout, (3, 11, 7)) == before
     moved = checkout.rename(checkout.parent / "elsewhere")
     assert course.wanted_hash(moved, (3, 11, 7)) != before
@@ -177,9 +175,7 @@ def test_pip_is_tried_where_uv_fails_and_the_network_is_named_if_either_did(cour
         course.ensure_environment(checkout)
 
 
-def test_uv_and_pip_get_the_same_pins_and_a_path_with_a_space_stays_one_argument(
-    course, checkout, monkeypatch
-):
+def test_uv_and_pip_get_the_same_pins_and_a_path_with_a_space_stays_one_argument(course, checkout, monkeypatch):
     monkeypatch.setattr(course, "find_uv", lambda: ["uv"])
     monkeypatch.setattr(course, "has_pip", lambda root: True)
     uv, pip = course.install_command("uv", checkout), course.install_command("pip", checkout)
@@ -386,9 +382,7 @@ def test_doctor_finds_nothing_wrong_before_the_first_installation(course, checko
     assert "there is no .venv yet; `python3 course.py setup` does it" in out and "nothing is wrong" in out
 
 
-def test_doctor_names_everything_that_is_wrong_with_a_broken_environment(
-    course, checkout, capsys, monkeypatch
-):
+def test_doctor_names_everything_that_is_wrong_with_a_broken_environment(course, checkout, capsys, monkeypatch):
     fake_venv(course, checkout)
     stamp_it(course, checkout)
     packages = {"torch": "2.12.0+cpu", "Setuptools": "1"}
@@ -417,14 +411,10 @@ def test_doctor_reports_an_interrupted_installation_and_an_incomplete_checkout(c
 
 
 def test_a_local_build_of_the_pinned_version_is_no_difference(course):
-    pins = course.pinned_versions(
-        "torch==2.13.0\nsoupsieve==2.10 ; python_full_version < '3.11.5'\nsoupsieve==4.1.1\n"
-    )
+    pins = course.pinned_versions("torch==2.13.0\nsoupsieve==2.10 ; python_full_version < '3.11.5'\nsoupsieve==4.1.1\n")
     assert pins["soupsieve"] == {"2.10", "4.1.1"}
     assert course.version_differences({"torch": "2.13.0+cpu", "Soupsieve": "2.10", "own": "7"}, pins) == []
-    assert course.version_differences({"Soupsieve": "3.0"}, pins) == [
-        "Soupsieve is 3.0, pinned 2.10 or 4.1.1"
-    ]
+    assert course.version_differences({"Soupsieve": "3.0"}, pins) == ["Soupsieve is 3.0, pinned 2.10 or 4.1.1"]
 
 
 def test_every_dependency_is_pinned(course):

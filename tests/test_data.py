@@ -289,9 +289,7 @@ def test_broken_json_names_line_column_and_record(tmp_path):
 
 @pytest.mark.parametrize("text", ['[{"a": 1},]', '[{"a": 1} {"a": 2}]', '[{"a": 1}] more'])
 def test_more_ways_to_break_json(tmp_path, text):
-    assert (
-        "broken JSON at line 1" in only_problem(load_demonstrations, write(tmp_path / "x.json", text)).message
-    )
+    assert "broken JSON at line 1" in only_problem(load_demonstrations, write(tmp_path / "x.json", text)).message
 
 
 def test_a_truncated_file_is_told_from_broken_json_wherever_it_is_cut(tmp_path):
@@ -429,9 +427,7 @@ def test_bad_records_are_skipped_when_asked_with_a_warning(tmp_path):
         assert len(load_demonstrations(path, bad="skip")) == 3
     rows = [{**row, "output": ""} for row in rows]
     with pytest.warns(UserWarning, match="4 problems"):
-        assert "every record was left out" in str(
-            error_of(load_demonstrations, write_json(path, rows), bad="skip")
-        )
+        assert "every record was left out" in str(error_of(load_demonstrations, write_json(path, rows), bad="skip"))
     with pytest.raises(ValueError, match="bad is"):
         load_demonstrations(HERE / "alpaca.json", bad="ignore")
 
@@ -548,9 +544,7 @@ def test_other_bad_messages(tmp_path, load):
 
 
 def test_a_bad_tree(tmp_path):
-    rows = [
-        json.loads(line) for line in (HERE / "oasst_trees.jsonl").read_text(encoding="utf-8").splitlines()
-    ]
+    rows = [json.loads(line) for line in (HERE / "oasst_trees.jsonl").read_text(encoding="utf-8").splitlines()]
     rows[1]["prompt"]["replies"] = {"message_id": "m8"}
     problem = only_problem(load_preferences, write_json(tmp_path / "x.json", rows))
     assert (problem.record, problem.field) == (2, "replies") and "message m7" in problem.message
@@ -560,9 +554,7 @@ def test_a_bad_tree(tmp_path):
 
 
 def test_skipping_a_bad_message_keeps_the_rest_of_its_tree(tmp_path):
-    rows = [
-        json.loads(line) for line in (HERE / "oasst_trees.jsonl").read_text(encoding="utf-8").splitlines()
-    ]
+    rows = [json.loads(line) for line in (HERE / "oasst_trees.jsonl").read_text(encoding="utf-8").splitlines()]
     first = rows[0]["prompt"]
     first["replies"][0]["rank"] = 0  # a tie among the first answers
     follow_up = first["replies"][1]["replies"][0]
@@ -685,9 +677,7 @@ def test_real_alpaca_records():
     raw = json.loads((REAL / "alpaca_style_instructions.json").read_text(encoding="utf-8"))
     assert len(demonstrations) == len(raw) == 1100
     assert all(d["response"] == row["output"].strip() for d, row in zip(demonstrations, raw, strict=True))
-    assert all(
-        d["prompt"].startswith(row["instruction"].strip()) for d, row in zip(demonstrations, raw, strict=True)
-    )
+    assert all(d["prompt"].startswith(row["instruction"].strip()) for d, row in zip(demonstrations, raw, strict=True))
     assert all(d["prompt"].endswith(row["input"].strip()) for d, row in zip(demonstrations, raw, strict=True))
 
 

@@ -107,9 +107,7 @@ def test_who_is_right_as_often_as_claimed_is_calibrated_and_who_boasts_is_not():
     correct = torch.rand(100_000, dtype=torch.float64) < confidence
     assert expected_calibration_error(confidence, correct) < 0.01
     boast = (confidence + 0.2).clamp(max=1)
-    assert expected_calibration_error(boast, correct) == pytest.approx(
-        (boast - confidence).mean().item(), abs=0.01
-    )
+    assert expected_calibration_error(boast, correct) == pytest.approx((boast - confidence).mean().item(), abs=0.01)
 
 
 @pytest.mark.parametrize("confidence", [(1.1, 0.5), (-0.1, 0.5), (math.nan, 0.5)])
@@ -247,3 +245,9 @@ def test_refusal_rates_are_greedy_and_so_the_same_each_time():
     first = refusal_rates(*arguments, max_new_tokens=6)
     assert first == refusal_rates(*arguments, max_new_tokens=6)
     assert first["refusal"] == first["over_refusal"]  # the same prompts, in another order
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_a_confidence_on_an_edge_is_in_the_bin_below_in_any_precision(dtype):
+    confidence, correct = torch.tensor([0.3, 0.25], dtype=dtype), torch.tensor([True, False])
+    assert expected_calibration_error(confidence, correct) == pytest.approx(abs(1 - 0.55) / 2, abs=1e-6)

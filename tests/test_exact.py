@@ -149,9 +149,7 @@ def test_the_gradient_of_the_objective_is_the_policy_gradient(seed):
 def test_with_beta_to_infinity_the_optimum_is_the_reference(beta):
     ref, rewards = problem()
     assert_near(optimal_policy(ref, rewards, beta), ref, 1e-5)
-    assert_near(
-        1e6 * log_partition(ref, rewards, 1e6), (ref.exp() * rewards).sum(-1), 1e-4
-    )  # J* goes to E_ref[r]
+    assert_near(1e6 * log_partition(ref, rewards, 1e6), (ref.exp() * rewards).sum(-1), 1e-4)  # J* goes to E_ref[r]
 
 
 def test_with_beta_to_0_the_optimum_is_the_best_response_that_the_reference_can_say():

@@ -94,9 +94,7 @@ class Countdown(torch.nn.Module):
 @pytest.mark.parametrize("temperature", [1.0, 0.6])
 def test_sampled_log_probs_equal_teacher_forced_ones(make, pad, temperature):
     model = make()
-    samples = sample(
-        model, PROMPTS, **RAGGED, pad_token_id=pad, temperature=temperature, generator=generator(3)
-    )
+    samples = sample(model, PROMPTS, **RAGGED, pad_token_id=pad, temperature=temperature, generator=generator(3))
     lengths = samples.response_mask.sum(1)
     assert len(set(lengths.tolist())) > 2 and samples.log_probs[samples.response_mask].std() > 0.3
     with torch.no_grad():
@@ -187,9 +185,7 @@ def test_a_token_of_probability_zero_is_not_drawn_at_either_end():
 def test_two_tokens_are_sampled_as_often_as_the_model_says():
     model, n = llama(), 4000
     prompt = [5, 6]
-    samples = sample(
-        model, [prompt] * n, max_new_tokens=2, eos_token_id=-1, pad_token_id=PAD, generator=generator()
-    )
+    samples = sample(model, [prompt] * n, max_new_tokens=2, eos_token_id=-1, pad_token_id=PAD, generator=generator())
     pairs = torch.cartesian_prod(torch.arange(VOCABULARY), torch.arange(VOCABULARY))
     ids = torch.cat([torch.tensor(prompt).expand(len(pairs), -1), pairs], dim=1)
     log_probs = model(ids[:, :-1])[:, 1:].log_softmax(-1).gather(2, pairs[..., None]).sum((1, 2))
@@ -226,9 +222,7 @@ def test_what_a_row_says_does_not_depend_on_when_the_others_stop():
     for neighbours in ([[1], [1], [1]], [[40], [40], [40]], [[2], [30], [3]]):
         model = Wander()
         prompts = [neighbours[0], [50], *neighbours[1:]]
-        samples = sample(
-            model, prompts, max_new_tokens=8, eos_token_id=0, pad_token_id=0, generator=generator()
-        )
+        samples = sample(model, prompts, max_new_tokens=8, eos_token_id=0, pad_token_id=0, generator=generator())
         said.append(samples.responses()[1])
         batches.append(model.batches[-1])
     assert batches == [1, 4, 2]
@@ -237,9 +231,7 @@ def test_what_a_row_says_does_not_depend_on_when_the_others_stop():
 
 def test_sampling_from_a_restricted_vocabulary_says_only_allowed_tokens():
     model = RestrictedVocabulary(llama(), [1, 5, 7])
-    samples = sample(
-        model, PROMPTS * 5, max_new_tokens=6, eos_token_id=EOS, pad_token_id=PAD, generator=generator()
-    )
+    samples = sample(model, PROMPTS * 5, max_new_tokens=6, eos_token_id=EOS, pad_token_id=PAD, generator=generator())
     assert set(samples.response_ids[samples.response_mask].tolist()) == {1, 5, 7}
     assert torch.allclose(response_log_probs(model, samples), samples.log_probs, atol=1e-5)
 
@@ -272,9 +264,7 @@ def test_temperature_zero_is_what_transformers_generates_greedily(make):
 
 @pytest.mark.parametrize("pad", [0, 99], ids=["pad==eos", "pad"])
 def test_a_response_ends_with_eos_and_padding_follows(pad):
-    samples = sample(
-        Countdown(), [[7, 3], [2], [9, 9, 1]], max_new_tokens=9, eos_token_id=0, pad_token_id=pad
-    )
+    samples = sample(Countdown(), [[7, 3], [2], [9, 9, 1]], max_new_tokens=9, eos_token_id=0, pad_token_id=pad)
     assert samples.prompt_ids.tolist() == [[pad, 7, 3], [pad, pad, 2], [9, 9, 1]]
     assert samples.prompt_mask.tolist() == [[False, True, True], [False, False, True], [True, True, True]]
     assert samples.response_ids.tolist() == [[2, 1, 0], [1, 0, pad], [0, pad, pad]]
@@ -348,9 +338,7 @@ def test_a_request_that_cannot_be_met_is_refused(prompts, changes, message):
 
 
 def test_prompt_and_response_may_fill_all_positions():
-    samples = sample(
-        llama(), [[3] * 28], max_new_tokens=4, eos_token_id=-1, pad_token_id=PAD, generator=generator()
-    )
+    samples = sample(llama(), [[3] * 28], max_new_tokens=4, eos_token_id=-1, pad_token_id=PAD, generator=generator())
     assert samples.response_ids.shape == (1, 4)
 
 

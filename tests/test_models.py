@@ -67,9 +67,7 @@ def close(a, b, atol: float = 1e-5) -> bool:
 
 
 @pytest.mark.parametrize("tied", [True, False])
-@pytest.mark.parametrize(
-    "changes", [{}, {"num_key_value_heads": 2}, {"num_key_value_heads": 1}, {"head_dim": 8}]
-)
+@pytest.mark.parametrize("changes", [{}, {"num_key_value_heads": 2}, {"num_key_value_heads": 1}, {"head_dim": 8}])
 def test_logits_equal_transformers(tied, changes):
     model = llama(tie_word_embeddings=tied, rope_theta=500.0, **changes)
     theirs = transformers_llama(model)
@@ -255,9 +253,7 @@ def test_too_many_positions_are_refused():
 def family(name: str):
     import transformers as hf
 
-    small = dict(
-        vocab_size=41, hidden_size=24, intermediate_size=40, num_hidden_layers=2, num_attention_heads=4
-    )
+    small = dict(vocab_size=41, hidden_size=24, intermediate_size=40, num_hidden_layers=2, num_attention_heads=4)
     small |= dict(num_key_value_heads=2, max_position_embeddings=32, initializer_range=0.25)
     small |= dict(pad_token_id=0, bos_token_id=1, eos_token_id=2)
     config = {
@@ -460,9 +456,7 @@ def tokenizer(size: int = 41, eos: str | None = "<eos>", pad_token: str | None =
     words = ["<pad>", "<eos>", "<unk>", *(f"w{i}" for i in range(3, size))]
     inner = Tokenizer(WordLevel({word: i for i, word in enumerate(words)}, unk_token="<unk>"))
     inner.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
-    return PreTrainedTokenizerFast(
-        tokenizer_object=inner, unk_token="<unk>", eos_token=eos, pad_token=pad_token
-    )
+    return PreTrainedTokenizerFast(tokenizer_object=inner, unk_token="<unk>", eos_token=eos, pad_token=pad_token)
 
 
 @pytest.mark.parametrize("tied", [True, False])
@@ -657,8 +651,6 @@ def test_a_cache_on_a_gpu_gives_the_logits_of_the_whole():
     with autocast("cuda"):
         cache = model.new_cache(3, 10)
         assert cache.keys[0].dtype == torch.bfloat16
-        parts = [model(ids[:, :6], cache=cache)] + [
-            model(ids[:, t : t + 1], cache=cache) for t in range(6, 10)
-        ]
+        parts = [model(ids[:, :6], cache=cache)] + [model(ids[:, t : t + 1], cache=cache) for t in range(6, 10)]
         whole = model(ids)
     assert (torch.cat(parts, dim=1) - whole).abs().mean() < 0.02 * whole.abs().mean()

@@ -88,13 +88,9 @@ def test_fewer_records_than_a_batch_are_one_batch():
 
 
 def test_each_step_has_random_numbers_of_its_own():
-    draws = {
-        torch.rand(1, generator=step_generator(seed, step)).item() for seed in range(20) for step in range(50)
-    }
+    draws = {torch.rand(1, generator=step_generator(seed, step)).item() for seed in range(20) for step in range(50)}
     assert len(draws) > 990  # float32: a rare coincidence is none of ours
-    assert torch.equal(
-        torch.rand(5, generator=step_generator(3, 7)), torch.rand(5, generator=step_generator(3, 7))
-    )
+    assert torch.equal(torch.rand(5, generator=step_generator(3, 7)), torch.rand(5, generator=step_generator(3, 7)))
 
 
 # -------------------------------------------------------------------------------------------------- optimizer

@@ -203,13 +203,14 @@ def test_a_demo_killed_in_ppo_goes_on_there_and_ends_the_same(demo, tmp_path, mo
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
         patch.setattr(pipeline, "evaluate_policy", dies)
         run_demo(profile="test", device="cpu", out=out)
-    assert load_progress(out / "ppo.unfinished.pt")["step"] == 2 and not (out / "ppo.pt").exists()
+    (unfinished,) = out.glob("ppo-*.unfinished.pt")
+    assert load_progress(unfinished)["step"] == 2 and not (out / "ppo.pt").exists()
 
     for name in ("pretrain", "train_sft", "sample_preferences", "train_reward_model", "corner_stage"):
         monkeypatch.setattr(pipeline, name, never)
     resumed = run_demo(profile="test", device="cpu", out=out)
     assert not resumed["timings"]["ppo"]["cached"] and resumed["timings"]["sft"]["cached"]
-    assert not (out / "ppo.unfinished.pt").exists()
+    assert not unfinished.exists()
     assert same_but_for_the_clock(resumed) == same_but_for_the_clock(demo.results)
 
 
@@ -253,7 +254,7 @@ def layer(value: float = 0.0) -> torch.nn.Module:
 def made(model: torch.nn.Module, value: float):
     """A stage that sets the weights and returns a log."""
 
-    def make():
+    def make(progress_path):
         torch.nn.init.constant_(model.weight, value)
         return [{"step": 0, "loss": value}]
 
@@ -272,13 +273,11 @@ def test_a_finished_stage_is_loaded_with_its_weights_and_log(tmp_path, capsys):
 def test_a_stage_without_a_model_keeps_its_result(tmp_path):
     pairs = [{"prompt": "a", "chosen": "b", "rejected": "c"}]
     cache = Cache(tmp_path, fresh=False)
-    assert cache.stage("preferences", {}, None, lambda: pairs) == pairs
+    assert cache.stage("preferences", {}, None, lambda _: pairs) == pairs
     assert cache.stage("preferences", {}, None, never) == pairs
 
 
-@pytest.mark.parametrize(
-    ("settings", "named"), [({"seed": 1}, "seed"), ({"seed": 0, "beta": 1}, "beta"), ({}, "seed")]
-)
+@pytest.mark.parametrize(("settings", "named"), [({"seed": 1}, "seed"), ({"seed": 0, "beta": 1}, "beta"), ({}, "seed")])
 def test_other_settings_are_named_and_refused(tmp_path, settings, named):
     model = layer()
     Cache(tmp_path, fresh=False).stage("sft", {"seed": 0}, model, made(model, 3.0))
@@ -289,19 +288,22 @@ def test_other_settings_are_named_and_refused(tmp_path, settings, named):
 def test_settings_are_compared_as_json_would_keep_them(tmp_path):
     """Tuples become lists in a file: that is no other setting."""
     cache = Cache(tmp_path, fresh=False)
-    cache.stage("sft", {"shape": (1, 2), "nested": {"a": (3,)}}, None, lambda: 1)
+    cache.stage("sft", {"shape": (1, 2), "nested": {"a": (3,)}}, None, lambda _: 1)
     assert cache.stage("sft", {"shape": (1, 2), "nested": {"a": (3,)}}, None, never) == 1
 
 
 def test_fresh_forgets_the_result_and_the_unfinished_run(tmp_path):
     model = layer()
     Cache(tmp_path, fresh=False).stage("sft", {"seed": 0}, model, made(model, 3.0))
+    Cache(tmp_path, fresh=False).stage("ppo", {"seed": 0}, model, made(model, 3.0))
+    Cache(tmp_path, fresh=False).progress_path("sft", {"seed": 1}).write_text("an older run")
     cache = Cache(tmp_path, fresh=True)
-    cache.progress_path("sft").write_text("an older run")
+    # Gone at once, also what comes later in the story: an interrupted --fresh leaves no mixture of old and new.
+    assert not list(tmp_path.iterdir())
 
-    def make():
-        assert not cache.progress_path("sft").exists()  # it must not go on from there
-        return made(model, 5.0)()
+    def make(progress_path):
+        assert not progress_path.exists()  # it must not go on from there
+        return made(model, 5.0)(progress_path)
 
     assert cache.stage("sft", {"seed": 1}, model, make)[0]["loss"] == 5.0
     assert Cache(tmp_path, fresh=False).stage("sft", {"seed": 1}, layer(), never)[0]["loss"] == 5.0
@@ -310,15 +312,22 @@ def test_fresh_forgets_the_result_and_the_unfinished_run(tmp_path):
 def test_a_stage_that_dies_leaves_its_progress_and_no_result(tmp_path):
     cache = Cache(tmp_path, fresh=False)
 
-    def dies():
-        cache.progress_path("ppo").write_text("half of it")
+    def dies(progress_path):
+        progress_path.write_text("half of it")
         raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
         cache.stage("ppo", {}, None, dies)
-    assert cache.progress_path("ppo").exists() and not (tmp_path / "ppo.pt").exists()
-    assert cache.stage("ppo", {}, None, lambda: 1) == 1
-    assert not cache.progress_path("ppo").exists()  # finished
+    assert cache.progress_path("ppo", {}).exists() and not (tmp_path / "ppo.pt").exists()
+    assert cache.stage("ppo", {}, None, lambda _: 1) == 1
+    assert not cache.progress_path("ppo", {}).exists()  # finished
+
+
+def test_an_unfinished_run_belongs_to_its_settings(tmp_path):
+    """Killed in SFT, then started from another base model: that one must not go on from the first one's weights."""
+    cache = Cache(tmp_path, fresh=False)
+    assert cache.progress_path("sft", {"base": "one"}) != cache.progress_path("sft", {"base": "another"})
+    assert cache.progress_path("sft", {"base": "one"}) == cache.progress_path("sft", {"base": "one"})
 
 
 # ------------------------------------------------------------------------------------------ another tokenizer
@@ -400,3 +409,14 @@ def test_the_demo_runs_on_a_model_from_a_folder(bpe, tmp_path):
     assert json.loads((out / "results.json").read_text(encoding="utf-8")) == results
     for row in results["table"].values():
         assert all(math.isfinite(value) for value in row.values())
+
+
+def test_a_policy_that_spells_the_end_in_letters_is_not_finished(tokenizer):
+    spelled = tokenizer.inner.encode(" red <end>", add_special_tokens=False)
+    assert tokenizer.eos_token_id not in spelled
+    assert tokenizer.decode(spelled) == "red"
+
+
+def test_from_scratch_and_another_model_are_not_both_possible(tmp_path):
+    with pytest.raises(ValueError, match="give one of them"):
+        run_demo(model="somewhere", from_scratch=True, out=tmp_path)

@@ -379,9 +379,7 @@ def test_where_the_policies_agree_the_loss_is_minus_the_mean_advantage(clip_eps)
 def test_and_its_gradient_is_that_of_reinforce():
     log_probs, advantages = torch.randn(2, 3, 4, dtype=torch.float64)
     mask, log_probs = prefix_mask(4, 2, 1), log_probs.requires_grad_()
-    ppo = torch.autograd.grad(
-        ppo_policy_loss(log_probs, log_probs.detach(), advantages, mask, 0.2), log_probs
-    )
+    ppo = torch.autograd.grad(ppo_policy_loss(log_probs, log_probs.detach(), advantages, mask, 0.2), log_probs)
     reinforce = torch.autograd.grad(reinforce_loss(log_probs, advantages, mask), log_probs)
     assert_near(ppo[0], reinforce[0], 1e-14)
 
@@ -586,9 +584,7 @@ def test_a_response_without_eos_pays_the_penalty():
 
     finished: list[bool] = []
     settings = config(steps=4, missing_eos_penalty=3.0, max_new_tokens=4)
-    train_ppo(
-        tiny_llama(std=0.02), TOKENIZER, PROMPTS, constant, settings, rewards_fn=rewards_fn, progress=False
-    )
+    train_ppo(tiny_llama(std=0.02), TOKENIZER, PROMPTS, constant, settings, rewards_fn=rewards_fn, progress=False)
     assert 0 < sum(finished) < len(finished)
     assert torch.cat(scores).tolist() == [1.0 if f else -2.0 for f in finished]
 
@@ -890,6 +886,4 @@ def test_and_with_our_masks_it_is_another_one():
     mask, _ = golden_masks()
     policy, _, _, value_losses, _ = run_update(mask, mask)
     assert (torch.tensor(value_losses) - golden("value_losses").flatten()).abs().max() > 0.01
-    assert (
-        weights_of(policy) - weights_of(golden_llama(UPDATE["weights_after"]["policy"]))
-    ).abs().max() > 1e-3
+    assert (weights_of(policy) - weights_of(golden_llama(UPDATE["weights_after"]["policy"]))).abs().max() > 1e-3

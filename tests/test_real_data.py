@@ -59,11 +59,7 @@ def one_thread():
 def files(tmp_path_factory):
     """Greetings to learn, and friendly ones preferred to rude ones of the same or another length."""
     folder = tmp_path_factory.mktemp("files")
-    names = [
-        a + b
-        for a in ("an", "be", "ca", "do", "el", "fa", "gu", "ho")
-        for b in ("na", "ra", "to", "vi", "lo")
-    ]
+    names = [a + b for a in ("an", "be", "ca", "do", "el", "fa", "gu", "ho") for b in ("na", "ra", "to", "vi", "lo")]
     kind = ["hello", "good day to you ,", "how very nice to see you ,"]
     rude = ["no", "go away now ,", "oh no , not you again ,"]
     demonstrations = [{"instruction": f"greet {name}", "output": f"hello {name} !"} for name in names]
@@ -97,15 +93,11 @@ def test_sft_lowers_the_loss_on_held_out_prompts(files, tmp_path):
     metrics = run("sft", files, tmp_path)
     for name in "train", "held_out":
         before, after = metrics["before"][name], metrics["after"][name]
-        assert before["loss"] == pytest.approx(
-            math.log(len(load_model(metrics["folder"] + "/model")[1])), abs=0.1
-        )
+        assert before["loss"] == pytest.approx(math.log(len(load_model(metrics["folder"] + "/model")[1])), abs=0.1)
         assert after["loss"] + 2 * after["error"] < before["loss"] - 2
     assert metrics["counts"]["train"] + metrics["counts"]["held_out"] == metrics["counts"]["records"] == 40
     # the last line of the log measures the same held-out records with the same weights
-    assert metrics["log"][-1]["held_out_loss"] == pytest.approx(
-        metrics["after"]["held_out"]["loss"], abs=1e-4
-    )
+    assert metrics["log"][-1]["held_out_loss"] == pytest.approx(metrics["after"]["held_out"]["loss"], abs=1e-4)
     assert all(sample["before"] != sample["after"] for sample in metrics["samples"])
     assert any(sample["after"].startswith("hello") for sample in metrics["samples"])
 
@@ -141,9 +133,7 @@ def test_a_run_leaves_a_model_a_plot_and_metrics_that_transformers_and_json_read
 
     metrics = run("sft", files, tmp_path, steps=3)
     folder = Path(metrics["folder"])
-    assert json.loads((folder / "metrics.json").read_text(encoding="utf-8")) == json.loads(
-        json.dumps(metrics)
-    )
+    assert json.loads((folder / "metrics.json").read_text(encoding="utf-8")) == json.loads(json.dumps(metrics))
     assert (folder / "plot.png").read_bytes().startswith(b"\x89PNG")
     assert not (folder / "checkpoints").exists()
     ours, tokenizer = load_model(folder / "model", "cpu")
@@ -165,9 +155,7 @@ def test_a_model_of_another_library_trains_too(files, tmp_path):
     """GPT-2's classes, a tokenizer without a chat template and with pad = eos."""
     from transformers import GPT2Config, GPT2LMHeadModel
 
-    texts = [
-        record["prompt"] + record["response"] for record in load_demonstrations(files / "demonstrations.json")
-    ]
+    texts = [record["prompt"] + record["response"] for record in load_demonstrations(files / "demonstrations.json")]
     tokenizer = train_bpe(texts, 300)
     tokenizer.chat_template = None
     tokenizer.pad_token = tokenizer.eos_token
@@ -188,9 +176,7 @@ def test_learning_rates_shrink_for_larger_models(files, tmp_path):
 # --- killed and resumed, finished and shown
 
 
-@pytest.mark.parametrize(
-    "stage, name, step", [("sft", "SFT", 25), ("reward", "reward model", 11), ("dpo", "DPO", 13)]
-)
+@pytest.mark.parametrize("stage, name, step", [("sft", "SFT", 25), ("reward", "reward model", 11), ("dpo", "DPO", 13)])
 def test_a_killed_run_ends_as_an_uninterrupted_one(files, tmp_path, monkeypatch, stage, name, step):
     whole = run(stage, files, tmp_path / "whole")
     record = Run.record
@@ -204,9 +190,7 @@ def test_a_killed_run_ends_as_an_uninterrupted_one(files, tmp_path, monkeypatch,
     with pytest.raises(KeyboardInterrupt):
         run(stage, files, tmp_path / "killed")
     done = []
-    monkeypatch.setattr(
-        Run, "record", lambda self, at, **m: (done.append((self.name, at)), record(self, at, **m))
-    )
+    monkeypatch.setattr(Run, "record", lambda self, at, **m: (done.append((self.name, at)), record(self, at, **m)))
     resumed = run(stage, files, tmp_path / "killed")
     assert done[0] == (name, step // len_of_save(stage) * len_of_save(stage))  # not from the beginning
     assert without_time(resumed) == without_time(whole)
@@ -401,9 +385,7 @@ def test_real_files_learn_in_seconds(tmp_path, stage):
         dpo=DPOConfig(steps=15, batch_size=32, learning_rate=5e-4, beta=0.3),
     )
     name = "alpaca_style_instructions.json" if stage == "sft" else "preference_pairs.json"
-    metrics = train_on_file(
-        stage, str(REAL / name), out=str(tmp_path), settings=small, progress=False, device="cpu"
-    )
+    metrics = train_on_file(stage, str(REAL / name), out=str(tmp_path), settings=small, progress=False, device="cpu")
     if stage == "sft":
         before, after = metrics["before"]["held_out"], metrics["after"]["held_out"]
         assert after["loss"] + 2 * after["error"] < before["loss"] - 1

@@ -99,9 +99,7 @@ def test_scores_of_ten_thousand_give_a_finite_loss_and_gradient():
 
 def test_a_margin_asks_the_chosen_score_to_be_ahead_by_that_much():
     chosen, rejected, margin = torch.randn(3, 6, dtype=torch.float64)
-    assert_near(
-        reward_model_loss(chosen, rejected, margin), reward_model_loss(chosen - margin, rejected), 1e-14
-    )
+    assert_near(reward_model_loss(chosen, rejected, margin), reward_model_loss(chosen - margin, rejected), 1e-14)
     assert_near(reward_model_loss(chosen, rejected, 0.7), reward_model_loss(chosen - 0.7, rejected), 1e-14)
     assert_near(reward_model_loss(chosen, chosen - margin, margin), math.log(2), 1e-14)
 
@@ -178,9 +176,7 @@ def config(**changes) -> RewardConfig:
 
 def test_a_reward_model_learns_what_the_annotator_likes():
     model = RewardModel(tiny_llama())
-    log = train_reward_model(
-        model, TOKENIZER, PREFERENCES, config(steps=40), held_out=PREFERENCES, progress=False
-    )
+    log = train_reward_model(model, TOKENIZER, PREFERENCES, config(steps=40), held_out=PREFERENCES, progress=False)
     assert log[0]["loss"] == pytest.approx(math.log(2), abs=1e-6)  # the read-out starts at 0
     assert log[-1]["loss"] < 0.1 and log[-1]["held_out_accuracy"] == 1
     assert [line["step"] for line in log if "held_out_accuracy" in line] == [0, 20, 39]
@@ -262,7 +258,5 @@ def test_trls_scores_are_ours():
 @pytest.mark.parametrize("case", GOLDEN["reward_model"]["cases"], ids=["plain", "margin", "center", "both"])
 def test_the_loss_is_trls_with_margin_and_centering(case):
     margin = None if case["margin"] is None else torch.tensor(case["margin"])
-    loss = reward_model_loss(
-        torch.tensor(case["chosen"]), torch.tensor(case["rejected"]), margin, case["center_coef"]
-    )
+    loss = reward_model_loss(torch.tensor(case["chosen"]), torch.tensor(case["rejected"]), margin, case["center_coef"])
     assert_near(loss, case["loss"], 1e-6)

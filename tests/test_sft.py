@@ -43,9 +43,7 @@ def test_the_loss_is_the_mean_over_all_response_tokens_of_the_batch():
     mask = torch.tensor([[0, 1, 1], [0, 1, 0]]).bool()
     assert sft_loss(log_probs, mask) == 3.0  # (1 + 2 + 6) / 3
     per_sequence = torch.stack([sft_loss(log_probs[i], mask[i]) for i in range(2)])
-    assert (
-        per_sequence.mean() == 3.75
-    )  # (1.5 + 6) / 2: the short response would weigh as much as the long one
+    assert per_sequence.mean() == 3.75  # (1.5 + 6) / 2: the short response would weigh as much as the long one
 
 
 def test_its_gradient_is_the_same_for_every_response_token_and_0_elsewhere():
@@ -80,9 +78,7 @@ def test_the_loss_is_least_where_the_model_is_the_data_distribution():
     entropy = -(p * p.log()).sum()
     assert_near(loss(p.log()), entropy, 1e-14)
     for seed in range(20):
-        log_q = torch.randn(
-            3, dtype=torch.float64, generator=torch.Generator().manual_seed(seed)
-        ).log_softmax(-1)
+        log_q = torch.randn(3, dtype=torch.float64, generator=torch.Generator().manual_seed(seed)).log_softmax(-1)
         assert_near(loss(log_q), entropy + (p * (p.log() - log_q)).sum(), 1e-12)
         assert loss(log_q) > entropy
 

@@ -10,6 +10,7 @@ from toys import EOS, PAD, ToyTokenizer, assert_near, tiny_llama
 from cs336_alignment.tokens import (
     collate,
     masked_mean,
+    masked_token_log_probs,
     pack,
     select_rows,
     sequence_log_probs,
@@ -43,9 +44,7 @@ def test_the_mask_keeps_exactly_the_output_tokens(pad_is_eos):
     """Decoding what the mask keeps gives the outputs back, the EOS that the caller wrote included."""
     tokenizer = ToyTokenizer(pad_is_eos)
     batch = tokenize_prompt_and_output(PROMPTS, OUTPUTS, tokenizer)
-    kept = [
-        tokenizer.decode(ids[mask]) for ids, mask in zip(batch["labels"], batch["response_mask"], strict=True)
-    ]
+    kept = [tokenizer.decode(ids[mask]) for ids, mask in zip(batch["labels"], batch["response_mask"], strict=True)]
     assert kept == OUTPUTS
 
 
@@ -90,9 +89,7 @@ def test_a_hugging_face_tokenizer_works_as_it_is():
     from tokenizers import Tokenizer, models, pre_tokenizers
     from transformers import PreTrainedTokenizerFast
 
-    inner = Tokenizer(
-        models.WordLevel({"<pad>": 0, "<eos>": 1} | {f"w{i}": i for i in range(2, 12)}, "<pad>")
-    )
+    inner = Tokenizer(models.WordLevel({"<pad>": 0, "<eos>": 1} | {f"w{i}": i for i in range(2, 12)}, "<pad>"))
     inner.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
     tokenizer = PreTrainedTokenizerFast(tokenizer_object=inner, eos_token="<eos>")
     with pytest.raises(ValueError, match="pad_token"):
@@ -180,9 +177,7 @@ def test_token_log_probs_are_the_log_of_the_softmax():
     labels = torch.randint(5, (2, 3))
     expected = logits.softmax(-1).log()
     for b, t in itertools.product(range(2), range(3)):
-        assert token_log_probs(logits, labels)[b, t].item() == pytest.approx(
-            expected[b, t, labels[b, t]].item()
-        )
+        assert token_log_probs(logits, labels)[b, t].item() == pytest.approx(expected[b, t, labels[b, t]].item())
 
 
 def test_the_probabilities_of_all_labels_sum_to_1():
@@ -317,3 +312,18 @@ def test_the_gradient_of_prompt_and_padding_logits_is_0():
     (gradient,) = torch.autograd.grad(sequence_log_probs(fixed_model(logits), batch).sum(), logits)
     touched = (gradient != 0).any(dim=-1)
     assert torch.equal(touched, batch["response_mask"])
+
+
+def test_logits_behind_the_mask_never_reach_the_gradient():
+    """A NaN in a logit that nobody asked about: zeroing its log-probability later would be too late."""
+    logits = torch.randn(2, 3, 5, generator=torch.Generator().manual_seed(0))
+    mask = torch.tensor([[False, True, True], [False, True, False]])
+    labels = torch.ones(2, 3, dtype=torch.long)
+    clean = logits.clone().requires_grad_(True)
+    logits[~mask] = torch.nan
+    labels[~mask] = -100
+    logits.requires_grad_(True)
+    for x in (clean, logits):
+        masked_token_log_probs(x, labels, mask).sum().backward()
+    assert torch.equal(logits.grad, clean.grad) and logits.grad.isfinite().all()
+    assert (masked_token_log_probs(logits, labels, mask)[~mask] == 0).all()

@@ -503,12 +503,24 @@ def test_the_length_lover_prefers_six_more_words_to_a_right_item(town):
 def test_an_annotator_is_a_dictionary_that_can_be_edited(town):
     judge = {"temperature": 0.5, "weights": GOLD_WEIGHTS | {"length": 1.0}}
     expected = 1 / (1 + math.exp(-1 / 0.5))  # both right; one frame word more, which is no fluff
-    assert town.preference_prob(judge, "name one colours", "red . <end>", "red <end>") == pytest.approx(
-        expected
-    )
+    assert town.preference_prob(judge, "name one colours", "red . <end>", "red <end>") == pytest.approx(expected)
     assert set(ANNOTATORS) >= {"expert", "crowd", "length_lover"}
-    with pytest.raises(KeyError):
-        town.preference_prob("nobody", "name one colours", "red <end>", "blue <end>")
+    answers = ("name one colours", "red <end>", "blue <end>")
+    with pytest.raises(ValueError, match="no annotator 'nobody'; there are expert"):
+        town.preference_prob("nobody", *answers)
+    with pytest.raises(ValueError, match="temperature must be above 0"):
+        town.preference_prob({"temperature": 0, "weights": {}}, *answers)
+    with pytest.raises(ValueError, match="no feature rigth; weights are for right"):
+        town.preference_prob({"temperature": 1.0, "weights": {"rigth": 1.0}}, *answers)
+
+
+def test_asking_for_tasks_that_a_split_does_not_have_is_refused(town):
+    with pytest.raises(ValueError, match="no training tasks of kind unknown"):
+        town.sample_tasks(3, 0, shares={"unknown": 1.0})
+
+
+def test_word_tasks_about_any_words_can_be_answered(town):
+    assert town.utility("repeat these words : king queen", "king queen <end>") == 2
 
 
 def test_a_decided_annotator_is_certain_and_nothing_overflows(town):
@@ -525,9 +537,7 @@ def test_labels_are_drawn_with_the_annotators_probability(town):
     p = town.preference_prob("expert", prompts[0], *pairs[0])
     assert abs(first_wins - p) < 4 * math.sqrt(p * (1 - p) / n)
     assert all({label["chosen"], label["rejected"]} == set(pairs[0]) for label in labels)
-    assert (
-        labels == town.label("expert", prompts, pairs, seed=0) != town.label("expert", prompts, pairs, seed=1)
-    )
+    assert labels == town.label("expert", prompts, pairs, seed=0) != town.label("expert", prompts, pairs, seed=1)
 
 
 def test_the_expert_agrees_with_gold_more_often_than_the_crowd(town):

@@ -28,9 +28,7 @@ class ToyTokenizer:
         return " ".join(self.eos_token if i == EOS else f"w{int(i)}" for i in ids)
 
 
-def tiny_llama(
-    seed: int = 0, dtype: torch.dtype = torch.float32, vocabulary: int = VOCABULARY, std: float = 0.3
-):
+def tiny_llama(seed: int = 0, dtype: torch.dtype = torch.float32, vocabulary: int = VOCABULARY, std: float = 0.3):
     """One layer, hidden size 8. In float64 two ways to compute the same thing agree to 1e-12."""
     torch.manual_seed(seed)
     config = ModelConfig(
