@@ -1,8 +1,8 @@
 """How close each method comes to the exact optimum on the enumerable corner; three seeds, some ten minutes.
 
-    python benchmarks/corner.py [--seeds 0 1 2]
+    python benchmarks/corner.py [--seeds 0 1 2] [--runs runs]
 
-Trains the SFT model of each seed, then: PPO, the exact gradient with a network and with a table, and full-batch DPO
+Takes the SFT model that `course.py demo --seed N` left under --runs, or trains it; then, on one thread, PPO, the exact gradient with a network and with a table, and full-batch DPO
 from soft and from one-bit labels. Writes benchmarks/results/corner.json and corner.md.
 """
 
@@ -19,7 +19,7 @@ from cs336_alignment import corner as runs
 from cs336_alignment.corner import CornerProblem, FitConfig, corner_ppo_config
 from cs336_alignment.evaluate import mean_and_error
 from cs336_alignment.exact import TabularPolicy, corner_node_log_probs
-from cs336_alignment.models import frozen_copy
+from cs336_alignment.models import frozen_copy, load_progress
 from cs336_alignment.pipeline import Town, demo_config, sft_stage
 from cs336_alignment.world import MAX_NEW_TOKENS, World
 from cs336_alignment.world_training import introduce_chat_tokens, load_base, profile
@@ -27,13 +27,17 @@ from cs336_alignment.world_training import introduce_chat_tokens, load_base, pro
 RESULTS = Path(__file__).parent / "results"
 
 
-def run_seed(seed: int) -> dict[str, dict]:
+def run_seed(seed: int, runs_folder: Path) -> dict[str, dict]:
     """Gap and CPU seconds of each method from the SFT model of one seed."""
     sizes, config = profile("full"), demo_config("full", seed)
     world = World(sizes.world)
     town = Town(world, world.tokenizer, torch.device("cpu"), MAX_NEW_TOKENS)
     sft = introduce_chat_tokens(load_base(sizes, device="cpu"), world)
-    sft_stage(town, sft, config)
+    kept = load_progress(runs_folder / (f"demo-seed{seed}" if seed else "demo") / "sft.pt")
+    if kept is None:
+        sft_stage(town, sft, config)
+    else:
+        sft.load_state_dict(kept["model"])
     sft = frozen_copy(sft)
 
     problem = CornerProblem.of(sft, world.corner(), config.corner_beta)
@@ -66,9 +70,11 @@ def run_seed(seed: int) -> dict[str, dict]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
-    seeds = parser.parse_args().seeds
+    parser.add_argument("--runs", type=Path, default=Path("runs"))
+    arguments = parser.parse_args()
+    seeds = arguments.seeds
     torch.set_num_threads(1)
-    results = {seed: run_seed(seed) for seed in seeds}
+    results = {seed: run_seed(seed, arguments.runs) for seed in seeds}
     machine = f"{os.cpu_count()} cores ({platform.machine()}), one thread, torch {torch.__version__}"
     record = {"date": date.today().isoformat(), "machine": machine, "beta": 0.2, "seeds": results}
     RESULTS.mkdir(exist_ok=True)

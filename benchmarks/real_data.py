@@ -147,9 +147,9 @@ def report(results: list[dict], about: dict[str, str]) -> str:
         "",
         "Small Llamas from scratch with a BPE tokenizer of their own, trained by `course.py train` with its",
         "default settings. Every figure is on held-out prompts unless it says train, ± one standard error",
-        "(clustered by prompt). The settings were chosen on the split of seed 0, which is not reported. The",
-        "splits differ but come from one file, so the last column has the mean of the standard errors, not a",
-        "smaller one.",
+        "(clustered by prompt). The settings were chosen on the held-out prompts of seed 0, which is not reported;",
+        "a fifth of them is expected to be held out under any other seed too. All splits are of one file, so the",
+        "last column has the mean of the standard errors, not a smaller one.",
         "",
     ]
     seeds = " | ".join(f"seed {result['seed']}" for result in results)

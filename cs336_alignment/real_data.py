@@ -67,7 +67,7 @@ class RealConfig:
     samples: int = 3  # held-out prompts answered before and after
     sft: SFTConfig = field(default_factory=lambda: SFTConfig(steps=400, batch_size=16, learning_rate=2e-3))
     reward: RewardConfig = field(default_factory=lambda: RewardConfig(steps=100, batch_size=32, learning_rate=5e-4))
-    # The NLL term: without it the chosen responses become less likely too, ten times as much (lecture 13).
+    # The NLL term halves what the chosen responses lose in log-probability beside the rejected ones.
     dpo: DPOConfig = field(
         default_factory=lambda: DPOConfig(steps=75, batch_size=32, learning_rate=1e-4, beta=0.3, nll_coef=1.0)
     )

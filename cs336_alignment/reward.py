@@ -54,12 +54,12 @@ def reward_model_loss(
 
 @dataclass
 class RewardConfig:
-    steps: int = 200
+    steps: int = 330
     batch_size: int = 32  # pairs a step
     learning_rate: float = 3e-4
     weight_decay: float = 0.1
     warmup: int = 20  # steps
-    decay: int = 150  # steps
+    decay: int = 200  # steps
     center_coef: float = 0.01  # pulls the mean score to 0; comparisons alone leave it free
     eval_every: int = 50
     save_every: int = 100
