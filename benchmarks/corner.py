@@ -2,8 +2,9 @@
 
     python benchmarks/corner.py [--seeds 0 1 2] [--runs runs]
 
-Takes the SFT model that `course.py demo --seed N` left under --runs, or trains it; then, on one thread, PPO, the exact gradient with a network and with a table, and full-batch DPO
-from soft and from one-bit labels. Writes benchmarks/results/corner.json and corner.md.
+Takes the SFT model that `course.py demo --seed N` left under --runs, or trains it; then, on one thread: PPO, the exact
+gradient with a network and with a table, and full-batch DPO from soft and from one-bit labels. Writes
+benchmarks/results/corner.json and corner.md.
 """
 
 import argparse

@@ -153,10 +153,11 @@ class Cache:
                 )
             if model is not None:
                 model.load_state_dict(kept["model"])
-            print(f"{name}: kept from {path}")
+            print(f"{name}: kept from {path}", flush=True)
             self.timings[name] = kept["timing"] | {"cached": True}
             return kept["result"]
         progress = self.progress_path(name, settings)
+        print(f"{name}: {'going on from its last checkpoint' if progress.exists() else 'starting'}", flush=True)
         wall, cpu = time.perf_counter(), time.process_time()
         result = make(progress)
         timing = {"seconds": time.perf_counter() - wall, "cpu_seconds": time.process_time() - cpu}
@@ -378,7 +379,7 @@ def run_demo(
     world = World(sizes.world)
     cache = Cache(Path(out), fresh)
     settings = {"profile": profile, "world": sizes.key, "model": model, "seed": seed, "device": where.type}
-    print(f"The town: {len(world.known)} known people, {len(world.tasks):,} instructions. Device: {where}.")
+    print(f"The town: {len(world.known)} known people, {len(world.tasks):,} instructions. Device: {where}.", flush=True)
 
     if model:
         base, tokenizer = load_model(model, where)

@@ -640,14 +640,14 @@ def describe(seed: int = 0) -> None:
 
     people = [*rng.sample(world.known, 3), rng.choice(world.unknown)]
     show(
-        f"{len(world.known)} known people and {len(world.unknown)} who are only mentioned",
+        f"The full town: {len(world.known)} known people and {len(world.unknown)} who are only mentioned",
         ["", *people],
         [
             ["in documents", *("biographies" if p in world.known else "only mentioned" for p in people)],
             ["split", *("held out" if p in world.held_out_subjects else "training" for p in people)],
             *([attribute, *(world.facts[p][attribute] for p in people)] for attribute in ATTRIBUTES),
             [
-                "believed births",
+                "what documents claim of the birth, with shares",
                 *(", ".join(f"{t} {c:.2f}" for t, c in world.disputed.get(p, {}).items()) for p in people),
             ],
         ],
@@ -655,7 +655,7 @@ def describe(seed: int = 0) -> None:
     kinds = sorted({task.kind for task in world.tasks.values()})
     counts = Counter((task.kind, world.held_out(task)) for task in world.tasks.values())
     show(
-        "Instructions (and word tasks without number)",
+        "Instructions (word tasks are made without limit, so they are not counted)",
         ["kind", "for training", "held out", "an example"],
         [[k, counts[k, False], counts[k, True], world._tasks_of_kind[k][0].instruction] for k in kinds],
     )
