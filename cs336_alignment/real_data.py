@@ -66,11 +66,19 @@ class RealConfig:
     max_epochs: int = 12  # a small file gets fewer steps than the stage's own number, this many passes at most
     samples: int = 3  # held-out prompts answered before and after
     sft: SFTConfig = field(default_factory=lambda: SFTConfig(steps=400, batch_size=16, learning_rate=2e-3))
-    reward: RewardConfig = field(default_factory=lambda: RewardConfig(steps=100, batch_size=32, learning_rate=5e-4))
+    reward: RewardConfig = field(
+        default_factory=lambda: RewardConfig(
+            steps=100, batch_size=32, learning_rate=5e-4, weight_decay=0.1, center_coef=0.01
+        )
+    )
     # The NLL term halves what the chosen responses lose in log-probability beside the rejected ones.
     dpo: DPOConfig = field(
         default_factory=lambda: DPOConfig(steps=75, batch_size=32, learning_rate=1e-4, beta=0.3, nll_coef=1.0)
     )
+
+
+# What `_Run.config` sets by itself, whatever the settings say: no reason to call two runs different.
+FITTED = ("warmup", "decay", "eval_every", "save_every", "seed")
 
 
 def train_on_file(
@@ -113,7 +121,11 @@ def train_on_file(
     started = time.time()
 
     train, held_out, counts = _load(stage, data, format, bad, seed, steps, settings, console)
-    facts = [stage, train, held_out, str(model), seed, steps, asdict(settings)]
+    given = {
+        name: {key: value[key] for key in value if key not in FITTED} if isinstance(value, dict) else value
+        for name, value in asdict(settings).items()
+    }
+    facts = [stage, train, held_out, str(model), seed, steps, given]
     digest = hashlib.sha256(json.dumps(facts).encode()).hexdigest()[:8]
     stem = re.sub(r"[^\w-]+", "_", re.sub(r"\.(jsonl?|ndjson|csv|parquet|gz)", "", Path(data).name))
     folder = Path(out) / f"{stage}-{stem}-{digest}"
