@@ -47,7 +47,7 @@ def main() -> None:
         for seed in arguments.seeds
     }
     runs = list(results.values())
-    kept = ("settings", "date", "machine", "table", "reward_model", "timings", "peak_memory_gb")
+    kept = ("settings", "date", "machine", "table", "reward_model", "timings")
     record = {seed: {k: run[k] for k in kept} for seed, run in results.items()}
     RESULTS.mkdir(exist_ok=True)
     (RESULTS / "demo.json").write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
@@ -56,7 +56,7 @@ def main() -> None:
     lines = [
         "# The demo, over seeds",
         "",
-        f"{date.today().isoformat()}; {machine['cores']} cores ({machine['processor']}), {machine['threads']} threads, "
+        f"{date.today().isoformat()}; {machine['cores']} cores ({machine['processor']}), {machine['threads']} thread(s), "
         f"torch {machine['torch']}; seeds {', '.join(map(str, results))}. Made by `python benchmarks/demo.py`.",
         "",
         f"{runs[0]['config']['evaluation_prompts']} held-out instructions a seed; mean ± standard error over seeds.",
@@ -83,8 +83,6 @@ def main() -> None:
         cpu = over_seeds([run["timings"][stage]["cpu_seconds"] for run in runs], "{:.1f}")
         wall = over_seeds([run["timings"][stage]["seconds"] for run in runs], "{:.1f}")
         lines.append(f"| {stage} | {cpu} | {wall} |")
-    peak = max(run["peak_memory_gb"] for run in runs)
-    lines += ["", f"Peak memory of the process: {peak:.2f} GiB."]
     (RESULTS / "demo.md").write_text("\n".join(lines) + "\n", encoding="utf-8")
     print("\n".join(lines))
 
