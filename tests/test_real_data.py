@@ -217,6 +217,8 @@ def test_other_settings_get_another_folder(files, tmp_path):
         run("sft", files, tmp_path, steps=1, settings=replace(TINY, layers=2))["folder"],
     }
     assert len(folders) == 4
+    other_decay = replace(TINY, sft=replace(TINY.sft, decay=7))  # which is fitted to the steps in any case
+    assert run("sft", files, tmp_path, steps=1, settings=other_decay)["folder"] in folders
 
 
 def test_the_same_seed_gives_the_same_run(files, tmp_path):
