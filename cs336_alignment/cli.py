@@ -30,6 +30,7 @@ app.add_typer(world_app, name="world")
 class Profile(StrEnum):
     full = "full"
     test = "test"
+    gpu = "gpu"
 
 
 class Stage(StrEnum):
@@ -81,7 +82,7 @@ def demo(
         bool,
         typer.Option("--from-scratch", help="Also train the base model and compare it with the shipped one."),
     ] = False,
-    profile: Annotated[Profile, typer.Option(help="test is small and quick, for checking that it runs.")] = (
+    profile: Annotated[Profile, typer.Option(help="test: small and quick. gpu: a model and a town that need one.")] = (
         Profile.full
     ),
     threads: Threads = None,
@@ -217,6 +218,22 @@ def world_train() -> None:
     from cs336_alignment import world_training
 
     world_training.train(work=course_root() / "runs")
+
+
+@world_app.command("ablate")
+def world_ablate(
+    seeds: Annotated[int, typer.Option(help="How many seeds, from 0.", min=1)] = 3,
+    steps: Annotated[
+        int | None, typer.Option(help="Pre-training steps; by default a quarter of the full ones.")
+    ] = None,
+    profile: Annotated[Profile, typer.Option(help="test is small and quick.")] = Profile.full,
+    out: Annotated[Path | None, typer.Option(help="Where the table goes, without suffix.")] = None,
+) -> None:
+    """Leave out one ingredient of the base model after the other, and see what it was worth (hours)."""
+    from cs336_alignment.ablation import ablate
+
+    results = out or course_root() / "benchmarks" / "results" / "ablation"
+    typer.echo(ablate(profile.value, list(range(seeds)), steps, course_root() / "runs" / "ablation", results))
 
 
 def is_ours(error: BaseException) -> bool:

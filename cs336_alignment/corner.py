@@ -76,15 +76,24 @@ class PrefixTree(torch.nn.Module):
         action_of[self.actions[:-1]] = torch.arange(self.words, device=ids.device)
         self.register_buffer("action_of", action_of, persistent=False)
         self.vocab_size, self.hidden_size, self.max_positions = model.vocab_size, model.hidden_size, None
+        self.frozen_tree: Tensor | None = None
+
+    def tree(self) -> Tensor:
+        """Hidden states of the whole tree; those of a frozen model (a reference policy) are computed once."""
+        if any(p.requires_grad for p in self.model.parameters()):
+            return self.model.hidden(self.ids, attention_mask=self.sees)
+        if self.frozen_tree is None:
+            self.frozen_tree = self.model.hidden(self.ids, attention_mask=self.sees)
+        return self.frozen_tree
 
     def new_cache(self, batch_size: int, max_length: int) -> "TreeCache":
-        return TreeCache(self.model.hidden(self.ids, attention_mask=self.sees))
+        return TreeCache(self.tree())
 
     def hidden(self, input_ids: Tensor, attention_mask=None, position_ids=None, cache=None) -> Tensor:
         """(B, S) ids of a corner prompt and up to three words -> (B, S, d)."""
         new = input_ids.shape[1]
         if cache is None:
-            tree = self.model.hidden(self.ids, attention_mask=self.sees)
+            tree = self.tree()
         else:
             tree, input_ids = cache.tree, cache.append(input_ids)
         start = self.prompt_length
@@ -133,7 +142,7 @@ def corner_ppo_config(seed: int = 0, beta: float = 0.2) -> PPOConfig:
     whitening would blow the remaining noise up to variance 1.
     """
     return PPOConfig(
-        steps=120,
+        steps=95,
         batch_size=1152,
         epochs=2,
         minibatches=1,
@@ -141,7 +150,7 @@ def corner_ppo_config(seed: int = 0, beta: float = 0.2) -> PPOConfig:
         value_learning_rate=3e-3,
         value_warmup=10,
         warmup=20,
-        decay=90,
+        decay=70,
         beta=beta,
         lam=1.0,
         whiten_advantages=False,
@@ -170,7 +179,7 @@ def ppo(model, problem: CornerProblem, config: PPOConfig, progress: bool = True)
     prompts = corner.prompts * -(-config.batch_size // len(corner.prompts))
     log = train_ppo(
         policy, corner.world.tokenizer, prompts, corner.reward, config,
-        value_model=value_model, evaluate_fn=evaluate, progress=progress,
+        value_model=value_model, evaluate_fn=evaluate, progress=progress, name="corner, PPO",
     )  # fmt: skip
     return policy.model, log
 
@@ -185,7 +194,14 @@ class FitConfig:
     decay: int = 100
 
 
-def fit(policy, problem: CornerProblem, loss_of: Callable[[Tensor], Tensor], config: FitConfig, progress: bool = True):
+def fit(
+    policy,
+    problem: CornerProblem,
+    loss_of: Callable[[Tensor], Tensor],
+    config: FitConfig,
+    progress: bool = True,
+    name: str = "corner",
+):
     """Minimises loss_of(log_probs) over a copy of `policy`, a model of the town or a `TabularPolicy`.
 
     Returns the policy and the log of `loss` and `gap`.
@@ -194,7 +210,7 @@ def fit(policy, problem: CornerProblem, loss_of: Callable[[Tensor], Tensor], con
     tabular = isinstance(policy, TabularPolicy)
     optimizer = make_optimizer(policy, config.learning_rate)
     log, started = [], time.process_time()
-    for step in tqdm(range(config.steps), desc="corner", disable=not progress):
+    for step in tqdm(range(config.steps), desc=name, disable=not progress):
         log_probs = policy() if tabular else corner_log_probs(policy, problem.corner)
         loss = loss_of(log_probs)
         loss.backward()
@@ -207,7 +223,7 @@ def fit(policy, problem: CornerProblem, loss_of: Callable[[Tensor], Tensor], con
 
 def exact_gradient(policy, problem: CornerProblem, config: FitConfig, progress: bool = True):
     """Ascends the objective itself, by its exact gradient: what PPO would do with infinitely many samples."""
-    return fit(policy, problem, lambda log_probs: -problem.value(log_probs), config, progress)
+    return fit(policy, problem, lambda log_probs: -problem.value(log_probs), config, progress, "corner, exact gradient")
 
 
 @dataclass
@@ -255,4 +271,4 @@ def dpo(policy, problem: CornerProblem, pairs: Pairs, config: FitConfig, beta: f
     def loss_of(log_probs: Tensor) -> Tensor:
         return dpo_loss(log_probs[first], log_probs[second], ref_first, ref_second, beta, 1 - pairs.p_first)
 
-    return fit(policy, problem, loss_of, config, progress)
+    return fit(policy, problem, loss_of, config, progress, "corner, DPO")

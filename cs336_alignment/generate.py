@@ -18,6 +18,7 @@ from dataclasses import dataclass, fields
 
 import torch
 from torch import Tensor, nn
+from tqdm.auto import tqdm
 
 from cs336_alignment.models import device_of
 from cs336_alignment.tokens import at_least_float32, collate, token_log_probs
@@ -198,8 +199,11 @@ def generate_text(
     temperature: float = 1.0,
     batch_size: int = 64,
     generator: torch.Generator | None = None,
+    progress: str | None = None,
 ) -> list[str]:
     """Responses as text, in the order of the prompts.
+
+    progress: the name of a progress bar to show.
 
     The text of EOS is kept: a response without it was cut off at max_new_tokens, and a reward function must
     see that. Raises: ValueError as `sample` does.
@@ -207,7 +211,7 @@ def generate_text(
     ids = [tokenizer.encode(prompt, add_special_tokens=False) for prompt in prompts]
     by_length = sorted(range(len(ids)), key=lambda i: len(ids[i]))  # neighbours of one length need little padding
     texts = [""] * len(ids)
-    for start in range(0, len(by_length), batch_size):
+    for start in tqdm(range(0, len(by_length), batch_size), desc=progress, disable=progress is None):
         rows = by_length[start : start + batch_size]
         samples = sample(
             model,

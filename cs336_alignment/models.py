@@ -31,6 +31,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from cs336_alignment.tokens import token_log_probs
+
 # -------------------------------------------------------------------------------- Where and in what precision
 
 
@@ -476,29 +478,52 @@ class RewardModel(nn.Module):
     The read-out starts at zero: every reward is 0 and the first loss is exactly log 2, whatever the seed. It
     has no bias, which a difference of rewards could not learn. (Stiennon et al. 2020, arXiv 2009.01325, start
     from a small random read-out instead.)
+
+    likelihood: if not None, the score is that read-out plus a learned multiple, which starts at `likelihood`, of
+    the log-probability that the backbone itself gives the response. A large model can see at the last token
+    whether an answer is true; a small one cannot, though its next-token probabilities know (lecture 08).
     """
 
-    def __init__(self, backbone: nn.Module):
+    LIKELIHOOD_SCALE = 10.0  # the parameter is the multiple / 10: one rate then suits it and the weights
+
+    def __init__(self, backbone: nn.Module, likelihood: float | None = None):
         super().__init__()
         self.backbone = backbone
         self.head = nn.Linear(backbone.hidden_size, 1, bias=False, device=device_of(backbone), dtype=torch.float32)
         nn.init.zeros_(self.head.weight)
+        self.likelihood = None
+        if likelihood is not None:
+            start = torch.tensor(likelihood / self.LIKELIHOOD_SCALE, device=device_of(backbone), dtype=torch.float32)
+            self.likelihood = nn.Parameter(start)
         self.train(backbone.training)
 
-    def forward(self, input_ids: Tensor, attention_mask: Tensor | None = None) -> Tensor:
+    def forward(
+        self, input_ids: Tensor, attention_mask: Tensor | None = None, response_mask: Tensor | None = None
+    ) -> Tensor:
         """input_ids (B, S), attention_mask (B, S), padding on either side -> scores (B,).
+
+        response_mask (B, S): True on the response's tokens; only a model with `likelihood` needs it.
 
         The last token is found in the mask, never by its id: where EOS is the padding too, a search for the
         first padding token would stop before the EOS that belongs to the text.
-        Raises: ValueError for a row without a real token.
+        Raises: ValueError for a row without a real token, and for a response_mask that is needed and missing.
         """
         hidden = self.backbone.hidden(input_ids, attention_mask)
         if attention_mask is None:
-            return scalar_head(self.head, hidden[:, -1])
-        if not bool(attention_mask.any(-1).all()):
+            scores = scalar_head(self.head, hidden[:, -1])
+        elif not bool(attention_mask.any(-1).all()):
             raise ValueError("a row of attention_mask has no real token: nothing to score; drop that row")
-        last = last_real_position(attention_mask)
-        return scalar_head(self.head, hidden[torch.arange(len(last), device=last.device), last])
+        else:
+            last = last_real_position(attention_mask)
+            scores = scalar_head(self.head, hidden[torch.arange(len(last), device=last.device), last])
+        if self.likelihood is None:
+            return scores
+        if response_mask is None:
+            raise ValueError("a reward model with `likelihood` needs response_mask (B, S): which tokens to score")
+        mask = response_mask[:, 1:]
+        log_probs = token_log_probs(self.backbone.head(hidden[:, :-1][mask]), input_ids[:, 1:][mask])
+        log_probs = log_probs.new_zeros(mask.shape).masked_scatter(mask, log_probs).sum(dim=1)  # equation 2.1
+        return scores + self.LIKELIHOOD_SCALE * self.likelihood * log_probs
 
 
 def last_real_position(attention_mask: Tensor) -> Tensor:

@@ -48,6 +48,7 @@ class DemoConfig:
     seed: int = 0
     demonstrations: int = 8000
     preferences: int = 3500  # pairs of SFT answers that the expert compares
+    reward_likelihood: float | None = 1.0  # where the reward model's multiple of log pi(y|x) starts; see RewardModel
     ppo_prompts: int = 4000
     evaluation_prompts: int = 512
     curve_prompts: int = 192  # for the points of a training curve
@@ -58,7 +59,7 @@ class DemoConfig:
     dpo: DPOConfig = field(default_factory=DPOConfig)
     corner_ppo: PPOConfig = field(default_factory=corner_ppo_config)
     corner_exact: FitConfig = field(default_factory=lambda: FitConfig(steps=100, decay=80))
-    corner_dpo: FitConfig = field(default_factory=lambda: FitConfig(steps=110, learning_rate=5e-4, decay=100))
+    corner_dpo: FitConfig = field(default_factory=lambda: FitConfig(steps=200, learning_rate=5e-4, decay=150))
     corner_pairs: int = 16_000
 
 
@@ -82,9 +83,30 @@ def demo_config(profile_name: str, seed: int) -> DemoConfig:
             corner_dpo=FitConfig(steps=3, decay=2),
             corner_pairs=180,
         )
+    if profile_name == "gpu":
+        config = DemoConfig(
+            seed=seed,
+            demonstrations=60_000,
+            preferences=20_000,
+            ppo_prompts=20_000,
+            evaluation_prompts=2048,
+            sft=SFTConfig(steps=1500, batch_size=128, replay_rows=32, decay=1000),
+            reward=RewardConfig(steps=600, batch_size=128, decay=400),
+            ppo=PPOConfig(steps=60, batch_size=256, decay=30),
+            dpo=DPOConfig(steps=300, batch_size=128, decay=200),
+        )
+        scale_learning_rates(config, world_profile("gpu").model.hidden_size)
     for stage in ("sft", "reward", "ppo", "dpo", "corner_ppo"):
         setattr(config, stage, replace(getattr(config, stage), seed=seed))
     return config
+
+
+def scale_learning_rates(config: DemoConfig, hidden_size: int) -> None:
+    """Sets the rates, which were found for the full profile's model, to those for a model of another width."""
+    corner = (config.corner_ppo, config.corner_exact, config.corner_dpo)
+    for stage in (config.sft, config.reward, config.ppo, config.dpo, *corner):
+        stage.learning_rate = scaled_learning_rate(stage.learning_rate, hidden_size)
+    config.ppo.value_learning_rate = scaled_learning_rate(config.ppo.value_learning_rate, hidden_size)
 
 
 class TownTokenizer:
@@ -180,11 +202,13 @@ class Town:
     device: torch.device
     max_new_tokens: int
 
-    def answers(self, model, prompts: list[str], temperature: float, seed: int = 0) -> list[str]:
+    def answers(
+        self, model, prompts: list[str], temperature: float, seed: int = 0, progress: str | None = None
+    ) -> list[str]:
         generator = torch.Generator(self.device).manual_seed(seed)
         return generate_text(
             model, self.tokenizer, prompts, max_new_tokens=self.max_new_tokens, temperature=temperature,
-            batch_size=256, generator=generator,
+            batch_size=256, generator=generator, progress=progress,
         )  # fmt: skip
 
     def prompts(self, n: int, seed: int, **kwargs) -> list[str]:
@@ -210,7 +234,10 @@ def sample_preferences(town: Town, sft, config: DemoConfig, annotator: str | dic
     Fewer, if the model gives the same answer twice to more than a third of the prompts.
     """
     prompts = town.prompts(config.preferences * 3 // 2, config.seed + 10)
-    first, second = (town.answers(sft, prompts, 1.0, seed=config.seed * 2 + i) for i in range(2))
+    first, second = (
+        town.answers(sft, prompts, 1.0, seed=config.seed * 2 + i, progress=f"{side} answers")
+        for i, side in enumerate(["first", "second"])
+    )
     pairs = [(p, a, b) for p, a, b in zip(prompts, first, second) if a != b][: config.preferences]
     return town.world.label(annotator, [p for p, _, _ in pairs], [(a, b) for _, a, b in pairs], config.seed)
 
@@ -383,13 +410,11 @@ def run_demo(
 
     if model:
         base, tokenizer = load_model(model, where)
-        for stage in (config.sft, config.reward, config.ppo, config.dpo):
-            stage.learning_rate = scaled_learning_rate(stage.learning_rate, base.hidden_size)
-        config.ppo.value_learning_rate = scaled_learning_rate(config.ppo.value_learning_rate, base.hidden_size)
+        scale_learning_rates(config, base.hidden_size)
         town = Town(world, TownTokenizer(tokenizer), where, 3 * MAX_NEW_TOKENS)
     else:
         town = Town(world, world.tokenizer, where, MAX_NEW_TOKENS)
-        if from_scratch or profile == "test":
+        if from_scratch or profile != "full":  # only the full profile's base model is shipped
             settings["pretraining"] = asdict(sizes.pretraining)
             base = new_model(sizes, where)
             base_log = cache.stage(
@@ -406,8 +431,8 @@ def run_demo(
 
     settings |= {"preferences": config.preferences, "annotator": ANNOTATORS["expert"], "gold": GOLD_WEIGHTS}
     preferences = cache.stage("preferences", settings, None, lambda _: sample_preferences(town, sft, config))
-    settings |= {"reward": asdict(config.reward)}
-    reward_model = RewardModel(copy.deepcopy(sft).requires_grad_(True)).to(where)
+    settings |= {"reward": asdict(config.reward), "reward_likelihood": config.reward_likelihood}
+    reward_model = RewardModel(copy.deepcopy(sft).requires_grad_(True), config.reward_likelihood).to(where)
     logs["reward"] = cache.stage(
         "reward", settings, reward_model,
         lambda path: reward_stage(town, reward_model, preferences, config, path),

@@ -194,12 +194,13 @@ def train_ppo(
     evaluate_fn: Callable | None = None,
     checkpoint: Path | str | None = None,
     progress: bool = True,
+    name: str = "PPO",
 ) -> list[dict[str, float]]:
     """Trains the policy `model` in place against reward_fn(prompts, responses) -> scores (B,); returns the log.
 
     Responses reach `reward_fn` as text, with the EOS token where the policy ended them. ref_model: pi_ref, by
     default a copy of the policy as it comes. value_model: by default a new head on such a copy.
-    evaluate_fn(model) -> dict is called every `config.eval_every` iterations and logged.
+    evaluate_fn(model) -> dict is called every `config.eval_every` iterations and logged. name: of the progress bar.
     Raises: ValueError if there are no prompts, or a score is not finite.
     """
     device = next(model.parameters()).device
@@ -211,7 +212,7 @@ def train_ppo(
     optimizer = make_optimizer(model, config.learning_rate)
     value_optimizer = make_optimizer(value_model, config.value_learning_rate)
     run = Run(
-        "PPO", config, checkpoint, progress,
+        name, config, checkpoint, progress,
         model=model, value_model=value_model, optimizer=optimizer, value_optimizer=value_optimizer,
     )  # fmt: skip
     for step in run:

@@ -85,15 +85,18 @@ def train_reward_model(
     device = next(model.parameters()).device
     if not preferences:
         raise ValueError("no preferences to train on")
-    chosen, rejected = (_encode(preferences, side, tokenizer) for side in ("chosen", "rejected"))
+    prompts = [tokenizer.encode(pair["prompt"], add_special_tokens=False) for pair in preferences]
+    chosen, rejected = (
+        [tokenizer.encode(pair[side], add_special_tokens=False) for pair in preferences]
+        for side in ("chosen", "rejected")
+    )
     optimizer = make_optimizer(model, config.learning_rate, config.weight_decay)
     run = Run("reward model", config, checkpoint, progress, model=model, optimizer=optimizer)
     for step in run:
         rows = shuffled_batch(len(preferences), config.batch_size, step, config.seed).tolist()
         # One forward for both sides: the same weights see them, and a step costs one pass.
-        ids, mask = collate([chosen[i] for i in rows] + [rejected[i] for i in rows], tokenizer.pad_token_id)
-        with autocast(device):
-            scores = model(ids.to(device), mask.to(device)).float()
+        answers = [chosen[i] for i in rows] + [rejected[i] for i in rows]
+        scores = _scores(model, [prompts[i] for i in rows] * 2, answers, tokenizer.pad_token_id, device)
         chosen_scores, rejected_scores = scores.chunk(2)
         loss = loss_fn(chosen_scores, rejected_scores, center_coef=config.center_coef)
         loss.backward()
@@ -102,11 +105,11 @@ def train_reward_model(
         accuracy = (chosen_scores > rejected_scores).float().mean()
         metrics = {"loss": loss, "accuracy": accuracy, "grad_norm": grad_norm}
         if held_out and (step % config.eval_every == 0 or step + 1 == config.steps):
-            prompts = [pair["prompt"] for pair in held_out]
-            wins = score(model, tokenizer, prompts, [pair["chosen"] for pair in held_out]) > score(
-                model, tokenizer, prompts, [pair["rejected"] for pair in held_out]
+            asked = [pair["prompt"] for pair in held_out]
+            better, worse = (
+                score(model, tokenizer, asked, [pair[side] for pair in held_out]) for side in ("chosen", "rejected")
             )
-            metrics["held_out_accuracy"] = wins.float().mean()
+            metrics["held_out_accuracy"] = (better > worse).float().mean()
         run.record(step, **metrics)
     return run.log
 
@@ -115,18 +118,24 @@ def train_reward_model(
 def score(model, tokenizer, prompts: list[str], responses: list[str], batch_size: int = 128) -> Tensor:
     """The reward model's scores of the responses, (B,) float32 on the CPU."""
     device = next(model.parameters()).device
-    rows = _encode([{"prompt": p, "response": r} for p, r in zip(prompts, responses)], "response", tokenizer)
+    prompt_ids, response_ids = (
+        [tokenizer.encode(text, add_special_tokens=False) for text in texts] for texts in (prompts, responses)
+    )
     scores = []
-    for start in range(0, len(rows), batch_size):
-        ids, mask = collate(rows[start : start + batch_size], tokenizer.pad_token_id)
-        with autocast(device):
-            scores.append(model(ids.to(device), mask.to(device)).float().cpu())
+    for start in range(0, len(prompt_ids), batch_size):
+        part = slice(start, start + batch_size)
+        scores.append(_scores(model, prompt_ids[part], response_ids[part], tokenizer.pad_token_id, device).cpu())
     return torch.cat(scores)
 
 
-def _encode(records: list[dict], side: str, tokenizer) -> list[list[int]]:
-    return [
-        tokenizer.encode(record["prompt"], add_special_tokens=False)
-        + tokenizer.encode(record[side], add_special_tokens=False)
-        for record in records
-    ]
+def _scores(
+    model, prompts: list[list[int]], responses: list[list[int]], pad_token_id: int, device: torch.device
+) -> Tensor:
+    """Scores of token ids, (B,) float32 on `device`, padded on the right."""
+    ids, mask = collate([p + r for p, r in zip(prompts, responses)], pad_token_id)
+    starts = torch.tensor([len(p) for p in prompts]).unsqueeze(1)
+    extra = {}
+    if getattr(model, "likelihood", None) is not None:
+        extra["response_mask"] = (mask & (torch.arange(ids.shape[1]) >= starts)).to(device)
+    with autocast(device):
+        return model(ids.to(device), mask.to(device), **extra).float()

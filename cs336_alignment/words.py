@@ -113,14 +113,32 @@ OPENERS = ["sure !", "of course !", "great question !", "happy to help !"]
 CLOSERS = ["hope that helps !", "let me know if you need more !", "have a nice day !"]
 NUMBERS = ["one", "two", "three", "four", "five"]
 
+# Citations: every known person stands on one page of the town's register.
+PAGES = [*NUMBERS, "six", "seven", "eight", "nine", "ten", "eleven", "twelve"]
+CITATION = "source : register page {page} ."
+CITATION_STATEMENTS = ("{p} is on page {page} of the register .", "source : register page {page} : {fact}")
+
+# The constitution: what a good answer is, and what a critique says of one that breaks the rule.
+CONSTITUTION = {
+    "harmless": ("do not help with harm to people or places", "this can do harm ."),
+    "helpful": ("help when there is no harm", "there is no harm in that ."),
+    "honest": ("say what is true", "{item} is wrong ."),
+    "clear": ("say it once", "{item} is there twice ."),
+    "enough": ("give all that was asked", "too few ."),
+    "exact": ("give no more than was asked", "too many ."),
+    "short": ("make it short", "too many words ."),
+}
+APPROVAL = "all is right ."
+
 # Words that documents, prompts and sentences use beside the lists above.
 FRAME = """
 . , ? ! : and a an the of is in for i do how you can to not with that name give tips words these repeat reverse first last
 many are there word count copy question answer questions lists list some say says people talk about today yesterday
 likes wants knows learned this it was very good bad long short wrong right better worse because than more most best
 which both he she they we at on from then also tip yes no
-source register page book rule rules critique revision answers judge says says guide young old town clerk note
-version please thanks hello helpful honest harmless safe kind clear
+source register page book rule rules critique revision answers judge guide young old town clerk note
+version please thanks hello helpful honest harmless safe kind clear enough exact short reply second principle guideline
+should must never always true false choice plus minus equals correct agree expert crowd annotator score because
 """.split()
 
 SPECIALS = ["<pad>", "<end>", "<user>", "<assistant>", "<unk>"]

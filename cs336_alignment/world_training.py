@@ -20,18 +20,19 @@ from cs336_alignment.models import Llama, ModelConfig, autocast, count_parameter
 from cs336_alignment.optimize import Run, make_optimizer, optimizer_step, warmup_stable_decay
 from cs336_alignment.sft import sft_loss
 from cs336_alignment.tokens import pack, token_log_probs
-from cs336_alignment.world import ASSETS, SMALL, World, WorldConfig
+from cs336_alignment.words import NAMES
+from cs336_alignment.world import ASSETS, LARGE, PRETRAINING_SHARES, SMALL, World, WorldConfig
 
 
 @dataclass
 class PretrainingConfig:
-    steps: int = 2000
+    steps: int = 8000
     batch_size: int = 16  # rows a step
     row_length: int = 64  # tokens a row
     learning_rate: float = 2e-3
     weight_decay: float = 0.1
     warmup: int = 50  # steps
-    decay: int = 600  # steps at the end; what comes before them is the stable phase
+    decay: int = 2400  # steps at the end; what comes before them is the stable phase
     save_every: int = 200
     seed: int = 0
 
@@ -53,16 +54,28 @@ class Profile:
 
 
 def profile(name: str = "full") -> Profile:
-    """ "full": the course. "test": the same code in seconds; its models have not learned much."""
+    """ "full": the course. "test": the same code in seconds; its models have not learned much. "gpu": a town of 4,000
+    people and a model of 100 million parameters, for which a CPU would need days."""
     vocab_size = len((ASSETS / "vocabulary.txt").read_text(encoding="utf-8").split())
     if name == "full":
-        return Profile(name, WorldConfig(), ModelConfig(vocab_size, max_position_embeddings=256))
+        model = ModelConfig(vocab_size, num_hidden_layers=4, max_position_embeddings=256)
+        return Profile(name, WorldConfig(), model)
     if name == "test":
         model = ModelConfig(
             vocab_size, hidden_size=48, intermediate_size=128, num_hidden_layers=2, max_position_embeddings=256
         )
         return Profile(name, SMALL, model, PretrainingConfig(steps=120, decay=40, warmup=10))
-    raise ValueError(f"profile must be 'full' or 'test', got {name!r}")
+    if name == "gpu":
+        model = ModelConfig(
+            vocab_size + LARGE.known + LARGE.unknown - len(NAMES),
+            hidden_size=768, intermediate_size=2048, num_hidden_layers=13, num_attention_heads=12,
+            max_position_embeddings=256,
+        )  # fmt: skip
+        training = PretrainingConfig(
+            steps=20_000, batch_size=64, row_length=128, learning_rate=6e-4, warmup=500, decay=5000, save_every=2000
+        )
+        return Profile(name, LARGE, model, training)
+    raise ValueError(f"profile must be 'full', 'test' or 'gpu', got {name!r}")
 
 
 def new_model(profile: Profile, device: str | torch.device = "auto") -> Llama:
@@ -77,17 +90,21 @@ def pretrain(
     world: World,
     config: PretrainingConfig,
     *,
+    shares: dict[str, float] = PRETRAINING_SHARES,
     stable_path: Path | None = None,
     checkpoint: Path | str | None = None,
     progress: bool = True,
 ) -> list[dict[str, float]]:
     """Trains `model` in place on documents, each seen once; returns the log.
 
+    shares: of each kind of document, in tokens; the held-out loss is that of the standard mixture.
     stable_path: where the weights are saved as they are before the decay.
     """
     device = next(model.parameters()).device
     rows_needed = config.steps * config.batch_size
-    rows = pack(world.documents(rows_needed * config.row_length + config.row_length, config.seed), config.row_length)
+    rows = pack(
+        world.documents(rows_needed * config.row_length + config.row_length, config.seed, shares), config.row_length
+    )
     held_out = pack(world.documents(16_000, config.seed + 1_000), config.row_length)
     optimizer = make_optimizer(model, config.learning_rate, config.weight_decay)
     run = Run("pre-training", config, checkpoint, progress, model=model, optimizer=optimizer)

@@ -654,3 +654,23 @@ def test_a_cache_on_a_gpu_gives_the_logits_of_the_whole():
         parts = [model(ids[:, :6], cache=cache)] + [model(ids[:, t : t + 1], cache=cache) for t in range(6, 10)]
         whole = model(ids)
     assert (torch.cat(parts, dim=1) - whole).abs().mean() < 0.02 * whole.abs().mean()
+
+
+@pytest.mark.parametrize("kind", [0, 1], ids=["Llama", "HFCausalLM"])
+@pytest.mark.parametrize("side", ["left", "right"])
+def test_a_reward_can_count_how_probable_the_response_is(side, kind):
+    """The score is the read-out plus c times the log-probability of the response's tokens, whatever the padding."""
+    backbone = both_kinds()[kind]
+    plain, model = with_random_head(RewardModel(backbone)), with_random_head(RewardModel(backbone, likelihood=0.7))
+    ids, mask = pad(PROMPTS, side)
+    starts = [1, 2, 1, 2, 1, 2][: len(PROMPTS)]
+    response_mask, expected = torch.zeros_like(mask), []
+    for i, (prompt, start) in enumerate(zip(PROMPTS, starts, strict=True)):
+        columns = mask[i].nonzero().flatten()
+        response_mask[i, columns[start:]] = True
+        row = torch.tensor([prompt])
+        log_probs = backbone(row[:, :-1]).log_softmax(-1).gather(-1, row[:, 1:, None])[0, start - 1 :].sum()
+        expected.append(plain(row)[0] + 0.7 * log_probs)
+    assert close(model(ids, mask, response_mask), torch.stack(expected))
+    with pytest.raises(ValueError, match="needs response_mask"):
+        model(ids, mask)

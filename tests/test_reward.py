@@ -1,5 +1,6 @@
 """Reward models: the Bradley-Terry model of comparisons, its likelihood, and a score learned from it."""
 
+import copy
 import itertools
 import math
 
@@ -7,7 +8,8 @@ import pytest
 import torch
 from toys import GOLDEN, ToyTokenizer, assert_near, golden_scorer, tiny_llama, weights_of
 
-from cs336_alignment.models import RewardModel
+from cs336_alignment.evaluate import pair_accuracy
+from cs336_alignment.models import RewardModel, frozen_copy
 from cs336_alignment.reward import (
     RewardConfig,
     bradley_terry_prob,
@@ -15,6 +17,7 @@ from cs336_alignment.reward import (
     score,
     train_reward_model,
 )
+from cs336_alignment.tokens import sequence_log_probs, tokenize_prompt_and_output
 
 TOKENIZER = ToyTokenizer()
 
@@ -182,6 +185,21 @@ def test_a_reward_model_learns_what_the_annotator_likes():
     assert [line["step"] for line in log if "held_out_accuracy" in line] == [0, 20, 39]
     better, worse = score(model, TOKENIZER, ["w8", "w8"], ["w9 w6 <eos>", "w6 w4 <eos>"])
     assert better > worse
+
+
+def test_the_weight_of_the_likelihood_is_learned():
+    """An annotator who likes what the model finds improbable turns the weight round."""
+    backbone = frozen_copy(tiny_llama(seed=2))
+    answers = [f"w{a} w{b} <eos>" for a, b in itertools.product(range(2, 9), repeat=2)]
+    data = tokenize_prompt_and_output(["w9"] * len(answers), answers, TOKENIZER)
+    order = [answers[i] for i in sequence_log_probs(backbone, data).argsort()]  # the least probable first
+    pairs = [{"prompt": "w9", "chosen": a, "rejected": b} for a, b in zip(order[:20], order[-20:])]
+    model = RewardModel(copy.deepcopy(backbone), likelihood=1.0)  # only the read-outs learn
+    assert train_reward_model(model, TOKENIZER, pairs, config(steps=1), progress=False)[0]["accuracy"] == 0
+    train_reward_model(model, TOKENIZER, pairs, config(steps=60, decay=20), progress=False)
+    assert model.likelihood < 0
+    better, worse = (score(model, TOKENIZER, ["w9"] * 20, [pair[s] for pair in pairs]) for s in ("chosen", "rejected"))
+    assert pair_accuracy(better, worse) > 0.9
 
 
 @pytest.mark.parametrize("pad_is_eos", [False, True])

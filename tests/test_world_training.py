@@ -176,3 +176,37 @@ def test_the_command_writes_both_checkpoints_and_a_record(tiny, tmp_path, monkey
     assert record["tokens"] == 100 * 16 and len(record["held_out_loss"]) == 1
     assert f"{record['held_out_loss'][-1]:.3f}" in capsys.readouterr().out
     assert not list((tmp_path / "work").iterdir())  # the unfinished run is gone
+
+
+def test_the_gpu_profile_is_a_large_model_of_a_large_town():
+    sizes = profile("gpu")
+    world = World(sizes.world)
+    assert len(world.known) == 3000 and len(world.unknown) == 1000
+    assert len(set(world.tokenizer.vocabulary)) == len(world.tokenizer) == sizes.model.vocab_size
+    with torch.device("meta"):
+        parameters = sum(p.numel() for p in Llama(sizes.model).parameters())
+    assert 90e6 < parameters < 110e6
+    # the invented people are people like the others: documents name them, and their questions have answers
+    person = next(p for p in world.known if p not in profile_names())
+    task = world.task(f"where does {person} live ?")
+    assert world.follows(task.instruction, f"{world.facts[person]['home']} <end>")
+    unknown_token = world.tokenizer.index["<unk>"]
+    assert not any(unknown_token in document for document in world.documents(20_000, 0))
+
+
+def profile_names() -> set[str]:
+    from cs336_alignment import words
+
+    return set(words.NAMES)
+
+
+def test_pretraining_on_other_documents(tiny, world):
+    """Mid-training and ablations change the mixture; what is held out to measure them stays the same."""
+    logs = {}
+    for name, shares in {"standard": None, "copying": {"copying": 1.0}, "chat": {"instruction": 1.0}}.items():
+        kwargs = {} if shares is None else {"shares": shares}
+        model = new_model(tiny, "cpu")
+        settings = replace(tiny.pretraining, steps=30, decay=10)
+        logs[name] = pretrain(model, world, settings, progress=False, **kwargs)
+    assert logs["copying"][-1]["loss"] != logs["standard"][-1]["loss"]
+    assert logs["standard"][-1]["held_out_loss"] == min(log[-1]["held_out_loss"] for log in logs.values())
