@@ -45,21 +45,31 @@ def run_seed(seed: int, runs_folder: Path) -> dict[str, dict]:
     with torch.no_grad():
         table = TabularPolicy(corner_node_log_probs(sft, problem.corner))
     tabular = FitConfig(steps=300, learning_rate=0.1, decay=200)
-    soft = runs.sample_pairs(problem, [problem.ref_log_probs], config.corner_pairs, seed)
+    narrow = runs.sample_pairs(problem, [problem.ref_log_probs], config.corner_pairs, seed)
+    wide = [problem.ref_log_probs, runs.tempered(problem.ref_log_probs, 2.0)]
+    soft = runs.sample_pairs(problem, wide, config.corner_pairs, seed)
     temperature = 0.3
     logs = {}
     policy, logs["PPO, sampled"] = runs.ppo(sft, problem, corner_ppo_config(seed))
     with torch.no_grad():
         behaviours = [problem.ref_log_probs, runs.corner_log_probs(policy, problem.corner)]
+    narrow_bits = runs.sample_pairs(problem, behaviours, config.corner_pairs, seed, temperature=temperature)
+    behaviours.append(wide[1])
     bits = runs.sample_pairs(problem, behaviours, config.corner_pairs, seed, temperature=temperature)
     beta = problem.beta / temperature  # the rewards that one-bit labels show are r / temperature
     _, logs["exact gradient, network"] = runs.exact_gradient(sft, problem, config.corner_exact)
     _, logs["exact gradient, table"] = runs.exact_gradient(table, problem, tabular)
-    _, logs["DPO, soft labels, network"] = runs.dpo(sft, problem, soft, config.corner_dpo)
-    _, logs["DPO, soft labels, table"] = runs.dpo(table, problem, soft, tabular)
-    _, logs["DPO, one-bit labels T .3 from pi_ref and PPO, network"] = runs.dpo(
-        sft, problem, bits, config.corner_dpo, beta
+    _, logs["DPO, soft labels, pairs from pi_ref and pi_ref at temperature 2"] = runs.dpo(
+        sft, problem, soft, config.corner_dpo
     )
+    _, logs["DPO, soft labels, pairs from pi_ref alone"] = runs.dpo(sft, problem, narrow, config.corner_dpo)
+    _, logs["the same two, table: wide"] = runs.dpo(table, problem, soft, tabular)
+    _, logs["the same two, table: pi_ref alone"] = runs.dpo(table, problem, narrow, tabular)
+    one_bit = FitConfig(steps=100, learning_rate=3e-4, decay=80)
+    _, logs["DPO, one-bit labels T .3, pairs from pi_ref, PPO and pi_ref at temperature 2"] = runs.dpo(
+        sft, problem, bits, one_bit, beta
+    )
+    _, logs["DPO, one-bit labels T .3, pairs from pi_ref and PPO"] = runs.dpo(sft, problem, narrow_bits, one_bit, beta)
     row = {name: {"gap": log[-1]["gap"], "cpu_seconds": log[-1]["cpu_seconds"]} for name, log in logs.items()}
     values = {
         "J_ref": problem.value(problem.ref_log_probs).item(),

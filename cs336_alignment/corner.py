@@ -236,12 +236,19 @@ class Pairs:
     p_first: Tensor  # (N,): sigma(r1 - r2) as a soft label, or 0 / 1 drawn from sigma((r1 - r2) / temperature)
 
 
+def tempered(log_probs: Tensor, temperature: float) -> Tensor:
+    """The distribution p^(1/temperature), renormalised: above 1 it says more often what p hardly ever says."""
+    return (log_probs / temperature).log_softmax(dim=-1)
+
+
 def sample_pairs(
     problem: CornerProblem, behaviours: list[Tensor], n: int, seed: int, temperature: float | None = None
 ) -> Pairs:
     """`n` pairs, spread evenly over the prompts, each response drawn from one of the behaviour tables in turn.
 
     temperature None gives soft labels; otherwise one-bit labels of an annotator with that temperature.
+    DPO fixes the policy only relative to what the pairs hold. From a peaked pi_ref alone, a network drifts to
+    responses that no pair contains; with `tempered(pi_ref, 2)` among the behaviours it does not (lecture 12).
     """
     generator = step_generator(seed, 0, problem.rewards.device)
     prompts = len(problem.rewards)

@@ -93,7 +93,7 @@ class DPOConfig:
     learning_rate: float = 1e-4
     warmup: int = 10  # steps
     decay: int = 120  # steps
-    beta: float = 0.5  # units of reward that a nat of KL costs: larger stays closer to pi_ref
+    beta: float = 0.7  # units of reward that a nat of KL costs: larger stays closer to pi_ref
     label_smoothing: float = 0.0
     nll_coef: float = 0.0  # weight of the chosen responses' own loss per token (Pang et al. 2024), 0 is plain DPO
     eval_every: int = 25  # steps between two calls of evaluate_fn

@@ -59,7 +59,7 @@ class DemoConfig:
     dpo: DPOConfig = field(default_factory=DPOConfig)
     corner_ppo: PPOConfig = field(default_factory=corner_ppo_config)
     corner_exact: FitConfig = field(default_factory=lambda: FitConfig(steps=100, decay=80))
-    corner_dpo: FitConfig = field(default_factory=lambda: FitConfig(steps=200, learning_rate=5e-4, decay=150))
+    corner_dpo: FitConfig = field(default_factory=lambda: FitConfig(steps=110, learning_rate=5e-4, decay=90))
     corner_pairs: int = 16_000
 
 
@@ -320,7 +320,8 @@ def dpo_stage(
 def corner_stage(town: Town, sft, config: DemoConfig) -> dict:
     """PPO, DPO and the exact gradient on the enumerable corner; the gap of each to the exact optimum."""
     problem = CornerProblem.of(sft, town.world.corner(), config.corner_beta)
-    pairs = corner_runs.sample_pairs(problem, [problem.ref_log_probs], config.corner_pairs, config.seed)
+    behaviours = [problem.ref_log_probs, corner_runs.tempered(problem.ref_log_probs, 2.0)]
+    pairs = corner_runs.sample_pairs(problem, behaviours, config.corner_pairs, config.seed)
     _, exact_log = corner_runs.exact_gradient(sft, problem, config.corner_exact)
     _, dpo_log = corner_runs.dpo(sft, problem, pairs, config.corner_dpo)
     _, ppo_log = corner_runs.ppo(sft, problem, config.corner_ppo)

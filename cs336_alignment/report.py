@@ -502,8 +502,8 @@ def corner_plot(results: dict) -> Plot | None:
         "possible policy is known. 100 % is the SFT model, 0 % the optimum of reward minus beta times KL "
         f"(J* = {number(corner.get('J_star'), 3)}, start {number(corner.get('J_ref'), 3)}, beta = "
         f"{number(corner.get('beta'))}). PPO samples answers; the exact gradient is PPO without sampling; "
-        "DPO sees comparisons only. No error bars: the distance is exact, for one seed. Measuring is part "
-        "of the seconds."
+        "DPO sees comparisons only, of answers drawn from the SFT model and from a flattened version of it. "
+        "No error bars: the distance is exact, for one seed. Measuring is part of the seconds."
     )
     svg = draw("corner", "CPU seconds", "gap to the optimum", paint, columns=3)
     return Plot(title, svg, f"Gap to the optimum over CPU seconds, both axes logarithmic. {title}.", caption)

@@ -618,7 +618,7 @@ class World:
         that the model cannot repeat from a question into its answer, so names, topics and objects occur too."""
         everybody = self.known + self.unknown
         others = self.word_pool if rng.random() < 0.5 else self.topics + self.things + self.people_and_places
-        lists = [everybody if rng.random() < 0.35 else others for _ in range(rng.randint(1, 6))]
+        lists = [everybody if rng.random() < 0.45 else others for _ in range(rng.randint(1, 6))]
         listed = " ".join(rng.choice(words_) for words_ in lists)
         return f"copy : {listed} . {listed} ."
 
@@ -723,20 +723,21 @@ class World:
         return f"question : {tasks[0].instruction} answer : {tasks[0].targets[0]} ."
 
     def multiple_choice(self, rng: random.Random) -> str:
-        """A question of fact with three choices, as exams have them; the answer is a number."""
+        """A sentence about any known person to be completed by one of three choices, as exams have them."""
         while True:
-            task = self._training_fact(rng)
-            if task.kind == "fact":
+            person, attribute = rng.choice(self.known), rng.choice(list(ATTRIBUTES))
+            if attribute != "birth" or person not in self.disputed:
                 break
-        choices = [task.targets[0], *rng.sample(sorted(task.pool - {task.targets[0]}), 2)]
+        truth, (values, _, _, sentence) = self.facts[person][attribute], ATTRIBUTES[attribute]
+        choices = [truth, *rng.sample([value for value in values if value != truth], 2)]
         rng.shuffle(choices)
-        prompt, right = self.choice_prompt(task.instruction, choices), choices.index(task.targets[0])
-        return f"{prompt} {NUMBERS[right]} ."
+        prompt = self.choice_prompt(sentence.format(p=person, v="").removesuffix(" .").strip(), choices)
+        return f"{prompt} {NUMBERS[choices.index(truth)]} ."
 
-    def choice_prompt(self, instruction: str, choices: list[str]) -> str:
-        """What a model of the town continues with the number of its choice."""
+    def choice_prompt(self, beginning: str, choices: list[str]) -> str:
+        """What a model of the town continues with the number of the choice that completes the beginning."""
         listed = " ".join(f"choice {number} : {choice}" for number, choice in zip(NUMBERS, choices))
-        return f"question : {instruction} {listed} answer :"
+        return f"{beginning} {listed} right :"
 
     def tips_document(self, rng: random.Random) -> str:
         topic = rng.choice(self.topics)
@@ -794,8 +795,8 @@ class World:
 
 
 PRETRAINING_SHARES = {
-    "biography": 0.24,
-    "question_and_answer": 0.08,
+    "biography": 0.27,
+    "question_and_answer": 0.05,
     "question_sheet": 0.07,
     "copying": 0.13,
     "tips_document": 0.10,

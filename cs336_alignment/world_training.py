@@ -26,13 +26,13 @@ from cs336_alignment.world import ASSETS, LARGE, PRETRAINING_SHARES, SMALL, Worl
 
 @dataclass
 class PretrainingConfig:
-    steps: int = 8000
+    steps: int = 7000
     batch_size: int = 16  # rows a step
     row_length: int = 64  # tokens a row
     learning_rate: float = 2e-3
     weight_decay: float = 0.1
     warmup: int = 50  # steps
-    decay: int = 2400  # steps at the end; what comes before them is the stable phase
+    decay: int = 2100  # steps at the end; what comes before them is the stable phase
     save_every: int = 200
     seed: int = 0
 

@@ -19,6 +19,7 @@ from cs336_alignment.corner import (
     corner_ppo_config,
     exact_gradient,
     sample_pairs,
+    tempered,
 )
 from cs336_alignment.exact import (
     TabularPolicy,
@@ -316,3 +317,11 @@ def test_a_comparison_counts_once_whichever_side_comes_first(problem, corner):
     assert_near(one(), other(), 1e-4)
     assert log[-1]["loss"] == pytest.approx(other_log[-1]["loss"], abs=1e-6)
     assert log[-1]["loss"] < log[0]["loss"]
+
+
+def test_a_tempered_policy_keeps_the_order_and_flattens_the_odds():
+    log_probs = torch.tensor([[0.5, 0.3, 0.2], [0.98, 0.01, 0.01]], dtype=torch.float64).log()
+    flat = tempered(log_probs, 2.0)
+    assert_near(flat.exp().sum(-1), [1.0, 1.0], 1e-12)
+    assert_near(flat[:, 0] - flat[:, 1], (log_probs[:, 0] - log_probs[:, 1]) / 2, 1e-12)
+    assert_near(tempered(log_probs, 1.0), log_probs, 1e-12)
