@@ -9,11 +9,12 @@ there. Writes benchmarks/results/world.json and world.md.
 
 import argparse
 import copy
+import hashlib
 import json
 import os
 import platform
 import random
-from dataclasses import replace
+from dataclasses import asdict, replace
 from datetime import date
 from pathlib import Path
 
@@ -31,6 +32,7 @@ from cs336_alignment.pipeline import (
     reward_stage,
     sample_preferences,
     sft_stage,
+    weights_digest,
 )
 from cs336_alignment.reward import score
 from cs336_alignment.sft import train_sft
@@ -47,13 +49,24 @@ def start(seed: int, runs: Path):
     world = World(sizes.world)
     town = Town(world, world.tokenizer, torch.device("cpu"), MAX_NEW_TOKENS)
     base = introduce_chat_tokens(load_base(sizes, device="cpu"), world)
-    sft = copy.deepcopy(base)
-    kept = load_progress(runs / (f"demo-seed{seed}" if seed else "demo") / "sft.pt")
+    sft = trained("sft", copy.deepcopy(base), seed, runs, lambda model: sft_stage(town, model, config))
+    return town, config, base, sft
+
+
+def trained(stage: str, model, seed: int, runs: Path, train):
+    """The frozen model of a stage as `course.py demo --seed N` left it under `runs`, or trained now.
+
+    Raises: ValueError if it grew from another base model than the one that ships today.
+    """
+    path = runs / (f"demo-seed{seed}" if seed else "demo") / f"{stage}.pt"
+    kept = load_progress(path)
     if kept is None:
-        sft_stage(town, sft, config)
+        train(model)
+    elif kept["settings"]["base"] != weights_digest(load_base(profile("full"), device="cpu")):
+        raise ValueError(f"{path} grew from another base model: run `course.py demo --seed {seed} --fresh`")
     else:
-        sft.load_state_dict(kept["model"])
-    return town, config, base, frozen_copy(sft)
+        model.load_state_dict(kept["model"])
+    return frozen_copy(model)
 
 
 def replay_rows(town: Town, seed: int):
@@ -70,16 +83,17 @@ def share(flags: list[bool]) -> dict[str, float]:
 
 
 def unknown_facts(seed: int, runs: Path) -> dict:
-    """Lecture 04: what fine-tuning on facts does to made-up answers. Every arm continues from the SFT model for 150
-    steps; it is asked about unknown people that no arm has seen, and about known people it was never asked about."""
+    """Lecture 04: what fine-tuning on facts does to made-up answers. Arms continue from the SFT model, those with
+    dots from the arm that learned to abstain. All see the same known facts; all are asked about unknown people whom
+    no demonstration names, and about known people of the held-out split."""
     town, config, _, sft = start(seed, runs)
     world = town.world
     unknown = [p for p in world.unknown if p not in world.held_out_subjects]
     half = set(random.Random(seed).sample(unknown, len(unknown) // 2))
     tasks = list(world.tasks.values())
-    known = [t for t in tasks if t.kind == "fact" and not world.held_out(t)]
     first = [t for t in tasks if t.kind == "unknown" and t.subject in half]
     second = [t for t in tasks if t.kind == "unknown" and t.subject in unknown and t.subject not in half]
+    known = random.Random(seed).sample([t for t in tasks if t.kind == "fact" and not world.held_out(t)], len(first))
     asked = [t for t in tasks if t.kind == "unknown" and world.held_out(t)]
     recalled = [t for t in tasks if t.kind == "fact" and world.held_out(t)]
     replay = replay_rows(town, seed)
@@ -93,23 +107,23 @@ def unknown_facts(seed: int, runs: Path) -> dict:
             "known people right": share([world.follows(t.instruction, a) for t, a in zip(recalled, right)]),
         }
 
-    def trained(model, tasks: list[Task], steps: int, abstain: bool):
+    def tuned(model, tasks: list[Task], steps: int, abstain: bool):
         model = copy.deepcopy(model).requires_grad_(True)
         demonstrations = world.demonstrate(tasks, seed, abstain=abstain)
         settings = replace(config.sft, steps=steps, warmup=5, decay=steps // 2, learning_rate=5e-4)
         train_sft(model, town.tokenizer, demonstrations, settings, replay=replay)
         return frozen_copy(model)
 
-    both = known[: len(first)] + first
-    abstaining = trained(sft, both, 150, abstain=True)
+    both = known + first
+    abstaining = tuned(sft, both, 150, abstain=True)
     return {
         "before": measure(sft),
-        "known facts, 150 steps": measure(trained(sft, known, 150, abstain=True)),
-        "known and unknown facts, 150 steps": measure(trained(sft, both, 150, abstain=False)),
+        "known facts, 150 steps": measure(tuned(sft, known, 150, abstain=True)),
+        "known and unknown facts, 150 steps": measure(tuned(sft, both, 150, abstain=False)),
         "known facts and abstention, 150 steps": measure(abstaining),
-        "... then facts about other unknown people, 25 steps": measure(trained(abstaining, second, 25, abstain=False)),
-        "... the same, 100 steps": measure(trained(abstaining, second, 100, abstain=False)),
-        "... then known facts alone, 100 steps": measure(trained(abstaining, known, 100, abstain=True)),
+        "... then facts about other unknown people, 25 steps": measure(tuned(abstaining, second, 25, abstain=False)),
+        "... the same, 100 steps": measure(tuned(abstaining, second, 100, abstain=False)),
+        "... then known facts alone, 100 steps": measure(tuned(abstaining, known, 100, abstain=True)),
     }
 
 
@@ -127,7 +141,7 @@ def refusals(seed: int, runs: Path) -> dict:
         for kind in ("harmful", "lookalike")
     ]
     rows = {}
-    for harmful in (30, 100, 300):
+    for harmful in (30, 300):
         for contrast in (0, 30, 300):
             demonstrations = world.demonstrations(2000, seed, shares=others)
             demonstrations += world.demonstrations(harmful, seed, shares={"harmful": 1.0})
@@ -195,11 +209,10 @@ def gains(seed: int, runs: Path) -> dict:
     world = town.world
     preferences = sample_preferences(town, sft, config)
     reward_model = RewardModel(copy.deepcopy(sft).requires_grad_(True), config.reward_likelihood)
-    reward_stage(town, reward_model, preferences, config)
-    reward_model = frozen_copy(reward_model)
+    reward_model = trained("reward", reward_model, seed, runs, lambda m: reward_stage(town, m, preferences, config))
     ppo, dpo = (copy.deepcopy(sft).requires_grad_(True) for _ in range(2))
-    ppo_stage(town, ppo, sft, reward_model, config)
-    dpo_stage(town, dpo, sft, preferences, reward_model, config)
+    ppo = trained("ppo", ppo, seed, runs, lambda m: ppo_stage(town, m, sft, reward_model, config))
+    dpo = trained("dpo", dpo, seed, runs, lambda m: dpo_stage(town, m, sft, preferences, reward_model, config))
     rows: dict[str, dict] = {}
     measured: dict[tuple, torch.Tensor] = {}
     for name, model in (("SFT", sft), ("PPO", ppo), ("DPO", dpo)):
@@ -224,6 +237,11 @@ def gains(seed: int, runs: Path) -> dict:
     follow = [world.follows(d["prompt"], d["response"]) for d in demonstrations]
     rows["the demonstrators, held-out instructions"] = {"follows": share(follow)}
     agreement = gold_agreement(town, reward_model, sft, seed)
+    plain = RewardModel(copy.deepcopy(sft).requires_grad_(True))  # only the read-out of the last token
+    reward_stage(town, plain, preferences, config)
+    rows["reward model without likelihood"] = {
+        "agreement with gold": {"mean": gold_agreement(town, frozen_copy(plain), sft, seed)["agreement"]}
+    }
     rows["reward model"] = {
         "agreement with gold": {"mean": agreement["agreement"], "se": agreement["agreement_se"]},
         "of one expert label": {"mean": agreement["expert_agreement"]},
@@ -259,6 +277,13 @@ def table(by_seed: dict[int, dict]) -> list[str]:
     return lines
 
 
+def digest() -> str:
+    """What a kept result was made with: the base model's weights, the demo's settings and this file."""
+    base = weights_digest(load_base(profile("full"), device="cpu"))
+    parts = [base, json.dumps(asdict(demo_config("full", 0))), Path(__file__).read_text(encoding="utf-8")]
+    return hashlib.sha256("".join(parts).encode()).hexdigest()[:10]
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("experiments", nargs="*", choices=[*EXPERIMENTS, []], default=[])
@@ -268,26 +293,33 @@ def main() -> None:
     torch.set_num_threads(1)
     folder = arguments.runs / "world"
     folder.mkdir(parents=True, exist_ok=True)
-    key = profile("full").key
+    key = digest()
     for name in arguments.experiments or EXPERIMENTS:
         for seed in arguments.seeds:
             path = folder / f"{name}-{key}-seed{seed}.json"
             if not path.exists():
                 print(f"{name}, seed {seed}", flush=True)
-                path.write_text(json.dumps(EXPERIMENTS[name](seed, arguments.runs)), encoding="utf-8")
+                part = path.with_suffix(".part")
+                part.write_text(json.dumps(EXPERIMENTS[name](seed, arguments.runs)), encoding="utf-8")
+                part.replace(path)  # whole or not at all
 
     results: dict[str, dict[int, dict]] = {}
     for name in EXPERIMENTS:
         found = {s: folder / f"{name}-{key}-seed{s}.json" for s in arguments.seeds}
         results[name] = {s: json.loads(p.read_text(encoding="utf-8")) for s, p in found.items() if p.exists()}
     machine = f"{os.cpu_count()} cores ({platform.machine()}), one thread, torch {torch.__version__}"
-    record = {"date": date.today().isoformat(), "machine": machine, "world": key, "experiments": results}
+    record = {
+        "date": date.today().isoformat(),
+        "machine": machine,
+        "world": profile("full").key,
+        "experiments": results,
+    }
     RESULTS.mkdir(exist_ok=True)
     (RESULTS / "world.json").write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
     lines = [
         "# What can be seen in the town",
         "",
-        f"{record['date']}, {machine}; world {key}. Made by `python benchmarks/world.py`. "
+        f"{record['date']}, {machine}; world {record['world']}. Made by `python benchmarks/world.py`. "
         "Mean ± standard error over seeds, each seed in brackets.",
     ]
     for name, by_seed in results.items():

@@ -5,10 +5,11 @@ held-out instructions. Finished variants are kept, so a run that was stopped goe
 """
 
 import copy
+import hashlib
 import json
 import os
 import platform
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from datetime import date
 from pathlib import Path
 
@@ -16,8 +17,8 @@ import torch
 from tqdm.auto import tqdm
 
 from cs336_alignment.evaluate import mean_and_error
-from cs336_alignment.models import frozen_copy
-from cs336_alignment.pipeline import DemoConfig, Town, demo_config, sft_stage
+from cs336_alignment.models import frozen_copy, load_progress, resolve_device, save_progress
+from cs336_alignment.pipeline import Town, demo_config, sft_stage
 from cs336_alignment.world import MAX_NEW_TOKENS, PRETRAINING_SHARES, World, chat_prompt
 from cs336_alignment.world_training import Profile, introduce_chat_tokens, new_model, pretrain, profile
 
@@ -32,7 +33,7 @@ class Variant:
 
 VARIANTS = {
     "the recipe": Variant(),
-    "no question-answer documents": Variant(without=("question_and_answer", "multiple_choice", "arithmetic")),
+    "no question-answer documents": Variant(without=("question_and_answer",)),
     "no copying exercises": Variant(without=("copying",)),
     "no question sheets": Variant(without=("question_sheet",)),
     "no critiques and judgements": Variant(without=("critique", "judgement")),
@@ -43,28 +44,35 @@ VARIANTS = {
 
 
 def run_variant(variant: Variant, sizes: Profile, seed: int, cache: Path) -> dict[str, float]:
-    """Pre-trains (or loads what another variant pre-trained), fine-tunes, measures."""
+    """Pre-trains (or loads what another variant pre-trained), fine-tunes, measures. What is left out of
+    pre-training is left out of the replay too."""
+    device = resolve_device()
     if variant.layers:
         sizes = replace(sizes, model=replace(sizes.model, num_hidden_layers=variant.layers))
-    training = replace(sizes.pretraining, seed=seed)
-    world, model = World(sizes.world), new_model(replace(sizes, pretraining=training), "cpu")
+    sizes = replace(sizes, pretraining=replace(sizes.pretraining, seed=seed))
+    world, model = World(sizes.world), new_model(sizes, device)
     shares = {kind: share for kind, share in PRETRAINING_SHARES.items() if kind not in variant.without}
-    path = cache / f"base-{'-'.join(variant.without) or 'all'}-{sizes.key}-{training.steps}-seed{seed}.pt"
-    if path.exists():
-        kept = torch.load(path, weights_only=True)
+    path = cache / f"base-{digest(sizes.key, asdict(sizes.pretraining), shares)}.pt"
+    kept = load_progress(path)
+    if kept is None:
+        held_out_loss = pretrain(model, world, sizes.pretraining, shares=shares)[-1]["held_out_loss"]
+        save_progress(path, model=model.state_dict(), held_out_loss=held_out_loss)
+    else:
         model.load_state_dict(kept["model"])
         held_out_loss = kept["held_out_loss"]
-    else:
-        held_out_loss = pretrain(model, world, training, shares=shares)[-1]["held_out_loss"]
-        torch.save({"model": model.state_dict(), "held_out_loss": held_out_loss}, path)
 
-    config: DemoConfig = demo_config(sizes.name, seed)
+    config = demo_config(sizes.name, seed)
     if not variant.replay:
         config.sft = replace(config.sft, replay_rows=0)
-    town = Town(world, world.tokenizer, torch.device("cpu"), MAX_NEW_TOKENS)
+    town = Town(world, world.tokenizer, device, MAX_NEW_TOKENS)
     sft = introduce_chat_tokens(model, world) if variant.chat_tokens else copy.deepcopy(model)
-    sft_stage(town, sft, config)
+    sft_stage(town, sft, config, shares=shares)
     return {"held-out loss": held_out_loss} | following(town, frozen_copy(sft), seed)
+
+
+def digest(*settings) -> str:
+    """A short hash of settings: a kept result that carries it was made with them."""
+    return hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()[:10]
 
 
 def following(town: Town, model, seed: int, n: int = 100) -> dict[str, float]:
@@ -91,10 +99,18 @@ def ablate(profile_name: str, seeds: list[int], steps: int | None, work: Path, r
     found: dict[str, dict[int, dict]] = {name: {} for name in VARIANTS}
     for seed in seeds:
         for name, variant in tqdm(VARIANTS.items(), desc=f"ablations, seed {seed}"):
-            path = work / f"{name.replace(' ', '-').replace(',', '')}-{sizes.key}-{steps}-seed{seed}.json"
-            if not path.exists():
-                path.write_text(json.dumps(run_variant(variant, sizes, seed, work)), encoding="utf-8")
-            found[name][seed] = json.loads(path.read_text(encoding="utf-8"))
+            settings = (
+                asdict(variant),
+                sizes.key,
+                asdict(sizes.pretraining),
+                asdict(demo_config(sizes.name, seed).sft),
+            )
+            path = work / f"result-{digest(*settings, PRETRAINING_SHARES)}.pt"
+            kept = load_progress(path)
+            if kept is None:
+                kept = {"row": run_variant(variant, sizes, seed, work)}
+                save_progress(path, **kept)
+            found[name][seed] = kept["row"]
             write(results, found, sizes, steps)
     return write(results, found, sizes, steps)
 

@@ -81,6 +81,7 @@ class PrefixTree(torch.nn.Module):
     def tree(self) -> Tensor:
         """Hidden states of the whole tree; those of a frozen model (a reference policy) are computed once."""
         if any(p.requires_grad for p in self.model.parameters()):
+            self.frozen_tree = None  # it will change
             return self.model.hidden(self.ids, attention_mask=self.sees)
         if self.frozen_tree is None:
             self.frozen_tree = self.model.hidden(self.ids, attention_mask=self.sees)

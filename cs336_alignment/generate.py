@@ -199,11 +199,11 @@ def generate_text(
     temperature: float = 1.0,
     batch_size: int = 64,
     generator: torch.Generator | None = None,
-    progress: str | None = None,
+    name: str | None = None,
 ) -> list[str]:
     """Responses as text, in the order of the prompts.
 
-    progress: the name of a progress bar to show.
+    name: of a progress bar; without one none is shown.
 
     The text of EOS is kept: a response without it was cut off at max_new_tokens, and a reward function must
     see that. Raises: ValueError as `sample` does.
@@ -211,7 +211,7 @@ def generate_text(
     ids = [tokenizer.encode(prompt, add_special_tokens=False) for prompt in prompts]
     by_length = sorted(range(len(ids)), key=lambda i: len(ids[i]))  # neighbours of one length need little padding
     texts = [""] * len(ids)
-    for start in tqdm(range(0, len(by_length), batch_size), desc=progress, disable=progress is None):
+    for start in tqdm(range(0, len(by_length), batch_size), desc=name, disable=name is None):
         rows = by_length[start : start + batch_size]
         samples = sample(
             model,

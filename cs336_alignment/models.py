@@ -475,7 +475,7 @@ def scalar_head(head: nn.Linear, hidden: Tensor) -> Tensor:
 class RewardModel(nn.Module):
     """A scalar for a whole sequence: a linear read-out of the hidden state at its last real token.
 
-    The read-out starts at zero: every reward is 0 and the first loss is exactly log 2, whatever the seed. It
+    The read-out starts at zero: without `likelihood` every reward is 0 and the first loss exactly log 2. It
     has no bias, which a difference of rewards could not learn. (Stiennon et al. 2020, arXiv 2009.01325, start
     from a small random read-out instead.)
 

@@ -33,7 +33,15 @@ from cs336_alignment.ppo import PPOConfig, train_ppo
 from cs336_alignment.reward import RewardConfig, score, train_reward_model
 from cs336_alignment.sft import SFTConfig, train_sft
 from cs336_alignment.tokens import pack
-from cs336_alignment.world import ANNOTATORS, GOLD_WEIGHTS, KIND_SHARES, MAX_NEW_TOKENS, World, chat_prompt
+from cs336_alignment.world import (
+    ANNOTATORS,
+    GOLD_WEIGHTS,
+    KIND_SHARES,
+    MAX_NEW_TOKENS,
+    PRETRAINING_SHARES,
+    World,
+    chat_prompt,
+)
 from cs336_alignment.world_training import introduce_chat_tokens, load_base, new_model, pretrain
 from cs336_alignment.world_training import profile as world_profile
 
@@ -95,7 +103,6 @@ def demo_config(profile_name: str, seed: int) -> DemoConfig:
             ppo=PPOConfig(steps=60, batch_size=256, decay=30),
             dpo=DPOConfig(steps=300, batch_size=128, decay=200),
         )
-        scale_learning_rates(config, world_profile("gpu").model.hidden_size)
     for stage in ("sft", "reward", "ppo", "dpo", "corner_ppo"):
         setattr(config, stage, replace(getattr(config, stage), seed=seed))
     return config
@@ -203,12 +210,12 @@ class Town:
     max_new_tokens: int
 
     def answers(
-        self, model, prompts: list[str], temperature: float, seed: int = 0, progress: str | None = None
+        self, model, prompts: list[str], temperature: float, seed: int = 0, name: str | None = None
     ) -> list[str]:
         generator = torch.Generator(self.device).manual_seed(seed)
         return generate_text(
             model, self.tokenizer, prompts, max_new_tokens=self.max_new_tokens, temperature=temperature,
-            batch_size=256, generator=generator, progress=progress,
+            batch_size=256, generator=generator, name=name,
         )  # fmt: skip
 
     def prompts(self, n: int, seed: int, **kwargs) -> list[str]:
@@ -216,11 +223,20 @@ class Town:
         return [chat_prompt(task.instruction) for task in self.world.sample_tasks(n, seed, **kwargs)]
 
 
-def sft_stage(town: Town, model, config: DemoConfig, checkpoint: Path | None = None) -> list[dict]:
-    """Fine-tunes the base model in place on demonstrations, with a little pre-training text replayed."""
+def sft_stage(
+    town: Town,
+    model,
+    config: DemoConfig,
+    checkpoint: Path | None = None,
+    shares: dict[str, float] = PRETRAINING_SHARES,
+) -> list[dict]:
+    """Fine-tunes the base model in place on demonstrations, with a little pre-training text replayed.
+
+    shares: of the kinds of replayed documents.
+    """
     demonstrations = town.world.demonstrations(config.demonstrations, config.seed)
     held_out = town.world.demonstrations(256, config.seed, held_out=True)
-    documents = [town.world.tokenizer.decode(d) for d in town.world.documents(200_000, config.seed + 1)]
+    documents = [town.world.tokenizer.decode(d) for d in town.world.documents(200_000, config.seed + 1, shares)]
     replay = pack([town.tokenizer.encode(text) for text in documents], 64)
     return train_sft(
         model, town.tokenizer, demonstrations, config.sft,
@@ -235,7 +251,7 @@ def sample_preferences(town: Town, sft, config: DemoConfig, annotator: str | dic
     """
     prompts = town.prompts(config.preferences * 3 // 2, config.seed + 10)
     first, second = (
-        town.answers(sft, prompts, 1.0, seed=config.seed * 2 + i, progress=f"{side} answers")
+        town.answers(sft, prompts, 1.0, seed=config.seed * 2 + i, name=f"{side} answers")
         for i, side in enumerate(["first", "second"])
     )
     pairs = [(p, a, b) for p, a, b in zip(prompts, first, second) if a != b][: config.preferences]
@@ -411,7 +427,6 @@ def run_demo(
 
     if model:
         base, tokenizer = load_model(model, where)
-        scale_learning_rates(config, base.hidden_size)
         town = Town(world, TownTokenizer(tokenizer), where, 3 * MAX_NEW_TOKENS)
     else:
         town = Town(world, world.tokenizer, where, MAX_NEW_TOKENS)
@@ -423,6 +438,7 @@ def run_demo(
             )
         else:
             base = load_base(sizes, device=where)
+    scale_learning_rates(config, base.hidden_size)
 
     # The settings of a stage hold those of the stages it builds on, so a cached stage is never built on another.
     settings |= {"base": weights_digest(base), "demonstrations": config.demonstrations, "sft": asdict(config.sft)}

@@ -331,10 +331,12 @@ class World:
         task = self.task(prompt)
         if task.kind != "unknown":
             raise ValueError(f"{task.instruction!r} is not about an unknown person (kind {task.kind!r})")
-        return any(word in task.pool for word in response.split())
+        values = {value for values, *_ in ATTRIBUTES.values() for value in values}
+        return any(word in values for word in response.split())
 
     def held_out(self, task: Task) -> bool:
-        """Whether the task belongs to the held-out split: no training set holds its instruction."""
+        """Whether the task belongs to the held-out split: no training set holds its instruction. (Of sums the other
+        order may be in training: "two plus three" says nothing about whether "three plus two" is.)"""
         if task.kind in ("names", "words", "sum"):
             return _hash(self.config.seed, "held out", task.instruction) % 4 == 0
         return task.subject in self.held_out_subjects
@@ -458,7 +460,7 @@ class World:
         finished = bool(found) and found[-1] == "<end>"
         found = found[:-1] if finished else found
         length = len(found)
-        found, page = _without_citation(found)
+        found, pages = _without_citations(found)
         items, rest = self._items(task, found)
         if task.ordered:
             right = sum(a == b for a, b in zip(items, task.targets))
@@ -478,7 +480,7 @@ class World:
             "excess": excess,
             "fluff": fluff,
             "noise": beyond.total() - fluff,
-            "miscited": float(page is not None and page != self.pages.get(task.subject)),
+            "miscited": float(any(page != self.pages.get(task.subject) for page in pages)),
             "unfinished": float(not finished),
             "length": length,
         }
@@ -522,26 +524,26 @@ class World:
         return words.REFUSAL.removesuffix(" .") in response
 
     def preference_prob(
-        self, annotator: str | dict, prompt: str, first: str, second: str, progress: float = 0.0
+        self, annotator: str | dict, prompt: str, first: str, second: str, elapsed: float = 0.0
     ) -> float:
         """P(the annotator prefers `first`): a Bradley-Terry model on the annotator's own utility.
 
         annotator: a name in ANNOTATORS or a dictionary like those. Of a population it is the probability that a
-        member drawn at random prefers `first`. progress: how far through the labels an annotator with a "drift"
-        is, from 0 to 1. Raises: ValueError for an unknown name, and a temperature that is not above 0.
+        member drawn at random prefers `first`. elapsed: how far through the labels an annotator with a "drift" is,
+        from 0 to 1. Raises: ValueError for an unknown name, and a temperature that is not above 0.
         """
         judge = _annotator(annotator)
         if "members" in judge:
             total = sum(judge["members"].values())
             return sum(
-                share / total * self.preference_prob(member, prompt, first, second, progress)
+                share / total * self.preference_prob(member, prompt, first, second, elapsed)
                 for member, share in judge["members"].items()
             )
         if not judge["temperature"] > 0:
             raise ValueError(f"an annotator's temperature must be above 0, got {judge['temperature']}")
         weights = dict(judge["weights"])
         for name, change in judge.get("drift", {}).items():
-            weights[name] = weights.get(name, 0.0) + progress * change
+            weights[name] = weights.get(name, 0.0) + elapsed * change
         difference = self.utility(prompt, first, weights) - self.utility(prompt, second, weights)
         # sigma(x) = (1 + tanh(x / 2)) / 2, which cannot overflow however decided an annotator is.
         return (1 + math.tanh(difference / judge["temperature"] / 2)) / 2
@@ -639,8 +641,8 @@ class World:
                 return task
 
     def reply(self, task: Task, rng: random.Random, error: float = 0.6) -> str:
-        """An answer in any style, wrong with probability `error`: a wrong item, a missing or superfluous or
-        repeated one, help with harm, or a refusal of something harmless."""
+        """An answer in any style that with probability `error` was spoiled: a wrong item, a missing or superfluous or
+        repeated one (now and then a right one comes out), help with harm, or a refusal of something harmless."""
         style = rng.choices(list(STYLES), STYLES.values())[0]
         wrong = rng.random() < error
         if wrong and task.kind == "harmful":
@@ -653,22 +655,25 @@ class World:
         """What the constitution says of an answer: the first rule that it breaks, in words, or that all is right."""
         task, rules = self.task(prompt), {name: text for name, (_, text) in words.CONSTITUTION.items()}
         text = response if response.endswith("<end>") else f"{response} <end>"
-        f, items = self.features(prompt, text), self._items(task, text.split()[:-1])[0]
-        if task.kind == "harmful" and f["right"] < 1:
+        f = self.features(prompt, text)
+        found, pages = _without_citations(text.split()[:-1])
+        items, _ = self._items(task, found)
+        if task.kind == "harmful" and any(step in items for step in words.GENERIC_STEPS):
             return rules["harmless"]
         if task.kind != "harmful" and self.refuses(response):
             return rules["helpful"]
         bad = [x for i, x in enumerate(items) if (x != task.targets[i] if task.ordered and i < len(task.targets)
                else task.ordered or x not in task.targets)]  # fmt: skip
+        bad += [f"page {page}" for page in pages if page != self.pages.get(task.subject)]
         if bad:
             return rules["honest"].format(item=bad[0])
         if f["repeated"]:
             return rules["clear"].format(item=next(x for x, n in Counter(items).items() if n > 1))
-        if f["right"] < 1 or f["noise"]:
+        if f["right"] < 1:
             return rules["enough"]
         if f["excess"]:
             return rules["exact"]
-        return rules["short"] if f["fluff"] > 2 else words.APPROVAL
+        return rules["short"] if f["fluff"] > 2 or f["noise"] else words.APPROVAL
 
     def critique(self, rng: random.Random) -> str:
         """ "question : ... reply : ... critique : ... revision : ...", as Constitutional AI has them."""
@@ -816,14 +821,20 @@ _CRITIQUE_SHARES = {kind: share for kind, share in KIND_SHARES.items() if kind !
 _FLUFF = {w for text in words.OPENERS + words.CLOSERS for w in text.split()} | {".", ",", "and", "the", "a"}
 
 
-def _without_citation(found: list[str]) -> tuple[list[str], str | None]:
-    """The words of an answer without "source : register page X .", and X; None if nothing is cited."""
-    head = words.CITATION.split()[:-2]
-    for i in range(len(found) - len(head)):
-        if found[i : i + len(head)] == head and found[i + len(head)] in words.PAGES:
-            end = i + len(head) + 1
-            return found[:i] + found[end + (found[end : end + 1] == ["."]) :], found[i + len(head)]
-    return found, None
+def _without_citations(found: list[str]) -> tuple[list[str], list[str]]:
+    """The words of an answer with a comma in place of every "source : register page X .", and the pages. The comma
+    keeps what stood on both sides of a citation from becoming one item."""
+    head, rest, pages, i = words.CITATION.split()[:-2], [], [], 0
+    while i < len(found):
+        end = i + len(head)
+        if found[i:end] == head and end < len(found) and found[end] in words.PAGES:
+            pages.append(found[end])
+            i = end + 1 + (found[end + 1 : end + 2] == ["."])
+            rest += [","] if i < len(found) else []
+        else:
+            rest.append(found[i])
+            i += 1
+    return rest, pages
 
 
 class Corner:

@@ -14,7 +14,7 @@ from cs336_alignment.world_training import profile
 
 @pytest.fixture
 def quick(monkeypatch):
-    """Two variants, and SFT of two steps."""
+    """Three variants, and SFT of two steps."""
     kept = ("the recipe", "no copying exercises", "SFT without replay")
     monkeypatch.setattr(ablation, "VARIANTS", {name: VARIANTS[name] for name in kept})
 
@@ -40,9 +40,9 @@ def test_all_variants_are_measured_and_a_second_run_trains_none(quick, tmp_path,
         made.append((config.seed, set(shares)))
         return pretrain(model, world, config, shares=shares, progress=False)
 
-    def spy_sft(town, model, config, *args):
-        trained.append(config.sft.replay_rows)
-        return sft_stage(town, model, config, *args)
+    def spy_sft(town, model, config, *, shares):
+        trained.append((config.sft.replay_rows, set(shares)))
+        return sft_stage(town, model, config, shares=shares)
 
     pretrain, sft_stage = ablation.pretrain, ablation.sft_stage
     monkeypatch.setattr(ablation, "pretrain", spy)
@@ -52,7 +52,7 @@ def test_all_variants_are_measured_and_a_second_run_trains_none(quick, tmp_path,
     everything = set(PRETRAINING_SHARES)
     # the third variant shares the first one's base model
     assert made == [(s, kinds) for s in (0, 1) for kinds in (everything, everything - {"copying"})]
-    assert trained == [2, 2, 0] * 2
+    assert trained == [(2, everything), (2, everything - {"copying"}), (0, everything)] * 2  # the replay too
     record = json.loads((tmp_path / "results" / "ablation.json").read_text())
     assert {name: sorted(seeds) for name, seeds in record["runs"].items()} == {
         name: ["0", "1"] for name in ablation.VARIANTS

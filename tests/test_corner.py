@@ -4,6 +4,7 @@ The model is untrained: what is tested is the way from wherever a policy starts.
 and that KL(pi||pi*) = (J* - J) / beta there, is in test_exact.py.
 """
 
+import copy
 from collections import Counter
 from dataclasses import replace
 
@@ -29,7 +30,7 @@ from cs336_alignment.exact import (
     objective,
 )
 from cs336_alignment.generate import Samples, response_log_probs, sample
-from cs336_alignment.models import Llama, ModelConfig, RestrictedVocabulary
+from cs336_alignment.models import Llama, ModelConfig, RestrictedVocabulary, frozen_copy
 from cs336_alignment.reward import bradley_terry_prob
 from cs336_alignment.words import CATEGORIES, CORNER_WORDS
 from cs336_alignment.world import SMALL, Corner, World
@@ -325,3 +326,18 @@ def test_a_tempered_policy_keeps_the_order_and_flattens_the_odds():
     assert_near(flat.exp().sum(-1), [1.0, 1.0], 1e-12)
     assert_near(flat[:, 0] - flat[:, 1], (log_probs[:, 0] - log_probs[:, 1]) / 2, 1e-12)
     assert_near(tempered(log_probs, 1.0), log_probs, 1e-12)
+
+
+def test_only_a_frozen_tree_is_kept_and_training_forgets_it(corner, model):
+    """The reference policy's tree is computed once; a policy that learns is computed anew, and after it too."""
+    reference = frozen_copy(PrefixTree(model, corner))
+    assert reference.tree() is reference.tree()
+    learner = copy.deepcopy(reference).requires_grad_(True)
+    with torch.no_grad():
+        before = learner.tree()
+        for weight in learner.parameters():
+            weight.mul_(1.1)
+        after = frozen_copy(learner).tree()
+        assert (before - reference.tree()).abs().max() < 1e-12
+        assert (after - learner.tree()).abs().max() < 1e-12
+        assert (after - reference.tree()).abs().max() > 1e-3

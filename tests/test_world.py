@@ -729,6 +729,9 @@ CRITICISED = [
     (f"reverse these words : {WORD_LIST}", WORD_LIST, "red is wrong ."),
     (f"repeat these words : {WORD_LIST}", "red oak", "too few ."),
     (f"repeat these words : {WORD_LIST}", f"{WORD_LIST} pear", "pear is wrong ."),
+    ("name two colours", "red ada blue", "too many words ."),
+    (KING, "red", "too few ."),
+    (f"count these words : {WORD_LIST}", "three source : register page two .", "page two is wrong ."),
 ]
 
 
@@ -750,9 +753,12 @@ def test_critiques_and_revisions_in_documents_are_true(town):
             assert town.follows(question, f"{reply} <end>")
         else:
             assert not town.follows(question, f"{reply} <end>")
-        verdicts["right" if critique == "all is right ." else " ".join(critique.split()[-4:])] += 1
+        rule = next(
+            (r for r, (_, said) in words.CONSTITUTION.items() if critique.endswith(said.split("}")[-1])), "right"
+        )
+        verdicts[rule] += 1
     assert 0.15 < verdicts["right"] / 600 < 0.6
-    assert len(verdicts) >= 6  # the others are about what is wrong in many ways
+    assert verdicts.keys() == {"right", *words.CONSTITUTION}  # every rule is broken by somebody
 
 
 def test_the_judge_of_the_documents_prefers_what_gold_prefers(town):
@@ -783,6 +789,11 @@ def test_a_citation_is_right_only_with_the_page_of_the_register(town):
     unknown = f"where does {town.unknown[0]} live ?"
     assert town.features(unknown, "source : register page two . <end>")["miscited"] == 1
     assert town.features(instruction, f"{home} source : register <end>")["noise"] == 3
+    # one wrong page among two is a wrong one, and a citation does not join what stands around it
+    two = f"{home} . source : register page {other} . source : register page {page} . <end>"
+    assert town.features(instruction, two)["miscited"] == 1
+    split = town.features("give one tip for baking", "use source : register page two . fresh flour <end>")
+    assert split["right"] == 0
 
 
 def test_documents_cite_the_page_on_which_a_person_is(town):
@@ -804,9 +815,11 @@ def test_choices_and_sums_in_documents_are_right(town):
         assert len(set(choices.values())) == 3
         assert choices[listed[-2]] == town.facts[person][attribute]
     for text in texts_of(town, "arithmetic", 200):
-        for sum_ in text.split(" .")[:-1] if "equals" in text else []:
+        text = text.replace("question : what is ", "").replace("? answer :", "equals")
+        for sum_ in text.split(" .")[:-1]:
             a, _, b, _, c = sum_.split()
             assert words.PAGES.index(a) + words.PAGES.index(b) + 2 == words.PAGES.index(c) + 1
+            assert not town.held_out(town.task(f"what is {a} plus {b} ?"))
 
 
 def _positions(listed, word):
@@ -826,6 +839,7 @@ def test_unknown_people_can_be_demonstrated_with_abstention_or_with_facts(town):
         assert town.facts[task.subject][attribute] in told["response"].split()
         assert not town.makes_up(task.instruction, silent["response"])
         assert town.makes_up(task.instruction, told["response"])
+        assert town.makes_up(task.instruction, f"{task.subject} works as a baker . <end>")  # not what was asked
     with pytest.raises(ValueError, match="not about an unknown person"):
         town.makes_up(f"where does {town.known[0]} live ?", "oakford <end>")
 
@@ -846,7 +860,7 @@ def test_a_population_prefers_as_its_members_do_on_average_and_says_who_labelled
 
 def test_a_drifting_annotator_starts_as_an_expert_and_ends_as_something_else(town):
     pair = ("red blue <end>", "oak pine pear plum red <end>")
-    chances = [town.preference_prob("tired", "name two colours", *pair, progress=p) for p in (0, 0.5, 1)]
+    chances = [town.preference_prob("tired", "name two colours", *pair, elapsed=p) for p in (0, 0.5, 1)]
     assert chances[0] == town.preference_prob("expert", "name two colours", *pair)
     assert chances[0] > chances[1] > chances[2] and chances[2] < 0.7 < 0.99 < chances[0]
     labels = town.label("tired", ["name two colours"] * 2000, [pair] * 2000, seed=0)

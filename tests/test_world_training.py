@@ -208,5 +208,4 @@ def test_pretraining_on_other_documents(tiny, world):
         model = new_model(tiny, "cpu")
         settings = replace(tiny.pretraining, steps=30, decay=10)
         logs[name] = pretrain(model, world, settings, progress=False, **kwargs)
-    assert logs["copying"][-1]["loss"] != logs["standard"][-1]["loss"]
     assert logs["standard"][-1]["held_out_loss"] == min(log[-1]["held_out_loss"] for log in logs.values())
