@@ -380,7 +380,7 @@ def reward_plot(results: dict) -> Plot | None:
         if held_out:
             axes.plot(*zip(*held_out, strict=True), "o-", color=COLOURS["ink"], label="held-out labels")
         if finite(agreement):
-            axes.axhline(agreement, color=COLOURS["reward"], linestyle="--", label="agreement with gold")
+            axes.axhline(agreement, color=COLOURS["reward"], linestyle="--", label="gold pairs")
             if finite(error):
                 low, high = agreement - error, agreement + error
                 axes.axhspan(low, high, color=COLOURS["reward"], alpha=0.15, linewidth=0)

@@ -357,6 +357,8 @@ def test_ctrl_c_during_an_installation_ends_the_installer_and_leaves_it_to_be_re
         [sys.executable, "-c", script, str(ROOT / "course.py"), str(checkout)],
         stdout=subprocess.PIPE,
         text=True,
+        # A shell starts background jobs deaf to Ctrl-C, and children inherit that: here it must be heard.
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
     )
     pid_file = checkout / "pid"
     for _ in range(200):
