@@ -56,7 +56,8 @@ def main() -> None:
     lines = [
         "# The demo, over seeds",
         "",
-        f"{date.today().isoformat()}; {machine['cores']} cores ({machine['processor']}), {machine['threads']} thread(s), "
+        f"{date.today().isoformat()}; {machine['cores']} cores ({machine['processor']}), "
+        f"{machine['threads']} thread(s), "
         f"torch {machine['torch']}; seeds {', '.join(map(str, results))}. Made by `python benchmarks/demo.py`.",
         "",
         f"{runs[0]['config']['evaluation_prompts']} held-out instructions a seed; mean ± standard error over seeds.",

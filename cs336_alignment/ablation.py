@@ -5,7 +5,6 @@ held-out instructions. Finished variants are kept, so a run that was stopped goe
 """
 
 import copy
-import hashlib
 import json
 import os
 import platform
@@ -17,7 +16,7 @@ import torch
 from tqdm.auto import tqdm
 
 from cs336_alignment.evaluate import mean_and_error
-from cs336_alignment.models import frozen_copy, load_progress, resolve_device, save_progress
+from cs336_alignment.models import frozen_copy, load_progress, resolve_device, save_progress, settings_digest
 from cs336_alignment.pipeline import Town, demo_config, sft_stage
 from cs336_alignment.world import MAX_NEW_TOKENS, PRETRAINING_SHARES, World, chat_prompt
 from cs336_alignment.world_training import Profile, introduce_chat_tokens, new_model, pretrain, profile
@@ -52,7 +51,7 @@ def run_variant(variant: Variant, sizes: Profile, seed: int, cache: Path) -> dic
     sizes = replace(sizes, pretraining=replace(sizes.pretraining, seed=seed))
     world, model = World(sizes.world), new_model(sizes, device)
     shares = {kind: share for kind, share in PRETRAINING_SHARES.items() if kind not in variant.without}
-    path = cache / f"base-{digest(sizes.key, asdict(sizes.pretraining), shares)}.pt"
+    path = cache / f"base-{settings_digest(sizes.key, asdict(sizes.pretraining), shares)}.pt"
     kept = load_progress(path)
     if kept is None:
         held_out_loss = pretrain(model, world, sizes.pretraining, shares=shares)[-1]["held_out_loss"]
@@ -68,11 +67,6 @@ def run_variant(variant: Variant, sizes: Profile, seed: int, cache: Path) -> dic
     sft = introduce_chat_tokens(model, world) if variant.chat_tokens else copy.deepcopy(model)
     sft_stage(town, sft, config, shares=shares)
     return {"held-out loss": held_out_loss} | following(town, frozen_copy(sft), seed)
-
-
-def digest(*settings) -> str:
-    """A short hash of settings: a kept result that carries it was made with them."""
-    return hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()[:10]
 
 
 def following(town: Town, model, seed: int, n: int = 100) -> dict[str, float]:
@@ -105,14 +99,14 @@ def ablate(profile_name: str, seeds: list[int], steps: int | None, work: Path, r
                 asdict(sizes.pretraining),
                 asdict(demo_config(sizes.name, seed).sft),
             )
-            path = work / f"result-{digest(*settings, PRETRAINING_SHARES)}.pt"
+            path = work / f"result-{settings_digest(*settings, PRETRAINING_SHARES)}.pt"
             kept = load_progress(path)
             if kept is None:
                 kept = {"row": run_variant(variant, sizes, seed, work)}
                 save_progress(path, **kept)
             found[name][seed] = kept["row"]
-            write(results, found, sizes, steps)
-    return write(results, found, sizes, steps)
+            table = write(results, found, sizes, steps)
+    return table
 
 
 def write(results: Path, found: dict[str, dict[int, dict]], sizes: Profile, steps: int) -> str:

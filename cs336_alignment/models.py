@@ -20,6 +20,7 @@ from __future__ import annotations
 import contextlib
 import copy
 import dataclasses
+import hashlib
 import inspect
 import json
 import os
@@ -706,6 +707,11 @@ def save_model(model: nn.Module, tokenizer, folder: str | os.PathLike) -> None:
         raise ValueError(f"save_model writes a Llama or an HFCausalLM, not a {type(model).__name__}")
     if tokenizer is not None:
         tokenizer.save_pretrained(str(folder))
+
+
+def settings_digest(*settings) -> str:
+    """A short hash of settings (anything JSON can hold): what carries it was made with them."""
+    return hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()[:10]
 
 
 def save_progress(path: str | os.PathLike, **state) -> None:

@@ -27,7 +27,15 @@ from cs336_alignment.corner import CornerProblem, FitConfig, corner_ppo_config
 from cs336_alignment.dpo import DPOConfig, train_dpo
 from cs336_alignment.evaluate import evaluate_policy, mean_and_error, pair_accuracy, refusal_rates
 from cs336_alignment.generate import generate_text
-from cs336_alignment.models import RewardModel, frozen_copy, load_model, load_progress, resolve_device, save_progress
+from cs336_alignment.models import (
+    RewardModel,
+    frozen_copy,
+    load_model,
+    load_progress,
+    resolve_device,
+    save_progress,
+    settings_digest,
+)
 from cs336_alignment.optimize import scaled_learning_rate
 from cs336_alignment.ppo import PPOConfig, train_ppo
 from cs336_alignment.reward import RewardConfig, score, train_reward_model
@@ -161,8 +169,7 @@ class Cache:
 
     def progress_path(self, name: str, settings: dict) -> Path:
         """Where a stage keeps its checkpoint until it is finished; other settings have another."""
-        digest = hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()[:10]
-        return self.folder / f"{name}-{digest}.unfinished.pt"
+        return self.folder / f"{name}-{settings_digest(settings)}.unfinished.pt"
 
     def stage(self, name: str, settings: dict, model, make: Callable[[Path], dict]) -> dict:
         """Runs `make(progress_path)`, which trains `model` in place and returns what it logged, or loads an

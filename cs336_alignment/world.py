@@ -592,12 +592,10 @@ class World:
         person = rng.choice([p for p in self.known if p not in self.held_out_subjects])
         return self.tasks[rng.choice(list(ATTRIBUTES.values()))[1].format(p=person)]
 
-    def question_sheet(self, rng: random.Random) -> str:
-        """Questions and nothing but questions: what a base model continues a question with."""
-        shares = list(KIND_SHARES.items())
-        tasks = []
-        while len(tasks) < 4:
-            kind = rng.choices([k for k, _ in shares], [s for _, s in shares])[0]
+    def _training_task(self, rng: random.Random, shares: dict[str, float]) -> Task:
+        """A task of the training split, its kind drawn with the given shares."""
+        while True:
+            kind = rng.choices(list(shares), shares.values())[0]
             if kind == "words":
                 task = self.random_word_task(rng)
             elif kind in ("fact", "disputed"):
@@ -605,7 +603,17 @@ class World:
             else:
                 task = rng.choice(self._tasks_of_kind[kind])
             if not self.held_out(task):
-                tasks.append(task)
+                return task
+
+    def _undisputed_training_task(self, rng: random.Random) -> Task:
+        """A task of the training split with a known truth."""
+        while (task := self._training_task(rng, _CRITIQUE_SHARES)).kind == "disputed":
+            pass
+        return task
+
+    def question_sheet(self, rng: random.Random) -> str:
+        """Questions and nothing but questions: what a base model continues a question with."""
+        tasks = [self._training_task(rng, KIND_SHARES) for _ in range(4)]
         return " ".join(task.instruction for task in tasks)
 
     @cached_property
@@ -626,19 +634,6 @@ class World:
 
     # Documents about answers. Their questions are those of the training split; "reply" and not "answer" comes
     # before what may be wrong, so that a model still learns to answer rightly after "answer :".
-
-    def _training_task(self, rng: random.Random) -> Task:
-        """A task of the training split with a known truth."""
-        while True:
-            kind = rng.choices(list(_CRITIQUE_SHARES), _CRITIQUE_SHARES.values())[0]
-            if kind == "words":
-                task = self.random_word_task(rng)
-            elif kind == "fact":
-                task = self._training_fact(rng)
-            else:
-                task = rng.choice(self._tasks_of_kind[kind])
-            if not self.held_out(task) and task.kind != "disputed":
-                return task
 
     def reply(self, task: Task, rng: random.Random, error: float = 0.6) -> str:
         """An answer in any style that with probability `error` was spoiled: a wrong item, a missing or superfluous or
@@ -677,7 +672,7 @@ class World:
 
     def critique(self, rng: random.Random) -> str:
         """ "question : ... reply : ... critique : ... revision : ...", as Constitutional AI has them."""
-        task = self._training_task(rng)
+        task = self._undisputed_training_task(rng)
         reply = self.reply(task, rng)
         revision = self.answer(task, rng, rng.choice(["flan", "alpaca"])).removesuffix(" <end>")
         verdict = self.critique_of(task.instruction, reply)
@@ -689,7 +684,7 @@ class World:
 
     def judgement(self, rng: random.Random) -> str:
         """Two answers and which of them is better by the gold reward."""
-        task = self._training_task(rng)
+        task = self._undisputed_training_task(rng)
         while True:
             pair = [self.reply(task, rng, error=0.4) for _ in range(2)]
             gold = [self.utility(task.instruction, f"{answer} <end>") for answer in pair]
@@ -712,7 +707,7 @@ class World:
 
     def instruction(self, rng: random.Random) -> str:
         """A demonstration as a document, in the chat template: for mid-training, not for the base model."""
-        task = self._training_task(rng)
+        task = self._undisputed_training_task(rng)
         style = rng.choices(list(STYLES), STYLES.values())[0]
         return f"{chat_prompt(task.instruction)} {self.answer(task, rng, style)}".removesuffix(" <end>")
 

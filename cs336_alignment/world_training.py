@@ -5,7 +5,6 @@ mid-training continues from there (lecture 06). `python3 course.py world train` 
 """
 
 import copy
-import hashlib
 import json
 import os
 import shutil
@@ -16,7 +15,7 @@ from pathlib import Path
 
 import torch
 
-from cs336_alignment.models import Llama, ModelConfig, autocast, count_parameters, resolve_device
+from cs336_alignment.models import Llama, ModelConfig, autocast, count_parameters, resolve_device, settings_digest
 from cs336_alignment.optimize import Run, make_optimizer, optimizer_step, warmup_stable_decay
 from cs336_alignment.sft import sft_loss
 from cs336_alignment.tokens import pack, token_log_probs
@@ -49,8 +48,8 @@ class Profile:
     @property
     def key(self) -> str:
         """A hash of world, vocabulary and model: a checkpoint that carries it fits this profile."""
-        parts = [asdict(self.world), self.model.to_dict(), (ASSETS / "vocabulary.txt").read_text(encoding="utf-8")]
-        return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()[:10]
+        vocabulary = (ASSETS / "vocabulary.txt").read_text(encoding="utf-8")
+        return settings_digest(asdict(self.world), self.model.to_dict(), vocabulary)
 
 
 def profile(name: str = "full") -> Profile:

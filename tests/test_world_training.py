@@ -7,7 +7,7 @@ import pytest
 import torch
 from toys import assert_near, weights_of
 
-from cs336_alignment import world_training
+from cs336_alignment import words, world_training
 from cs336_alignment.models import Llama, ModelConfig
 from cs336_alignment.world import SMALL, World, WorldConfig
 from cs336_alignment.world_training import (
@@ -187,17 +187,11 @@ def test_the_gpu_profile_is_a_large_model_of_a_large_town():
         parameters = sum(p.numel() for p in Llama(sizes.model).parameters())
     assert 90e6 < parameters < 110e6
     # the invented people are people like the others: documents name them, and their questions have answers
-    person = next(p for p in world.known if p not in profile_names())
+    person = next(p for p in world.known if p not in words.NAMES)
     task = world.task(f"where does {person} live ?")
     assert world.follows(task.instruction, f"{world.facts[person]['home']} <end>")
     unknown_token = world.tokenizer.index["<unk>"]
     assert not any(unknown_token in document for document in world.documents(20_000, 0))
-
-
-def profile_names() -> set[str]:
-    from cs336_alignment import words
-
-    return set(words.NAMES)
 
 
 def test_pretraining_on_other_documents(tiny, world):
