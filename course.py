@@ -38,6 +38,7 @@ VERBS = {
     "demo": "the whole story in one go: base, SFT, reward model, PPO, DPO; ends with an HTML report",
     "test": "run the tests (--full: the slow ones too; other arguments go to pytest)",
     "lab": "open JupyterLab",
+    "lectures": "run the lectures' notebooks and keep their outputs (--stale: only those that need it; --fast)",
     "train": "train sft, reward or dpo on a file of your own: train sft --data FILE",
     "world": "look at the embedded world (world show) or retrain its base model (world train)",
     "setup": "make the environment and do nothing else",

@@ -13,7 +13,7 @@ from datetime import date
 from pathlib import Path
 
 import torch
-from tqdm.auto import tqdm
+from tqdm import tqdm
 
 from cs336_alignment.evaluate import mean_and_error
 from cs336_alignment.models import frozen_copy, load_progress, resolve_device, save_progress, settings_digest

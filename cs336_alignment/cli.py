@@ -14,7 +14,8 @@ from typing import Annotated
 
 import typer
 
-PACKAGE = Path(__file__).resolve().parent
+from cs336_alignment.paths import PACKAGE, course_root
+
 USER_ERROR = 2  # exit code for something the user can put right
 
 app = typer.Typer(
@@ -45,11 +46,6 @@ class Format(StrEnum):
     flan = "flan"
     oasst = "oasst"
     preference = "preference"
-
-
-def course_root() -> Path:
-    """The checkout that holds the package; the current folder where the package is installed without one."""
-    return PACKAGE.parent if (PACKAGE.parent / "pyproject.toml").exists() else Path.cwd()
 
 
 def use_threads(threads: int | None) -> None:
@@ -91,8 +87,6 @@ def demo(
     from cs336_alignment.pipeline import run_demo
 
     use_threads(threads)
-    if out is None:
-        out = course_root() / "runs" / demo_folder(profile, seed, model, from_scratch)
     run_demo(
         seed=seed,
         device=device,
@@ -102,15 +96,6 @@ def demo(
         from_scratch=from_scratch,
         profile=profile.value,
     )
-
-
-def demo_folder(profile: Profile, seed: int, model: str | None, from_scratch: bool) -> str:
-    """A folder for each kind of demo: another seed or model is another run, not a quarrel about the cache."""
-    parts = ["demo", *([profile.value] if profile is not Profile.full else [])]
-    parts += [f"seed{seed}"] if seed else []
-    parts += ["from-scratch"] if from_scratch else []
-    parts += [Path(model).name] if model else []
-    return "-".join(parts)
 
 
 def pytest_command(extra: list[str], full: bool, cores: int) -> list[str]:
@@ -218,6 +203,29 @@ def world_train() -> None:
     from cs336_alignment import world_training
 
     world_training.train(work=course_root() / "runs")
+
+
+@app.command()
+def lectures(
+    names: Annotated[list[str] | None, typer.Argument(metavar="[LECTURE]...", help="Such as 09; default: all.")] = None,
+    stale: Annotated[bool, typer.Option("--stale", help="Only those whose outputs came from older code.")] = False,
+    list_only: Annotated[bool, typer.Option("--list", help="Say which would run, and run none.")] = False,
+    fast: Annotated[
+        bool, typer.Option("--fast", help="On the tiny town, to see that all runs; writes no outputs.")
+    ] = False,
+    jobs: Annotated[int, typer.Option(min=1, help="How many at a time.")] = 1,
+) -> None:
+    """Run the lectures' notebooks from fresh kernels and keep their outputs."""
+    from cs336_alignment import lectures as runs
+
+    paths = runs.lecture_paths(names or [])
+    if stale:
+        paths = runs.stale(paths)
+    if list_only:
+        typer.echo("\n".join(path.stem for path in paths) or "none")
+        return
+    if runs.run_lectures(paths, fast, jobs):
+        raise typer.Exit(1)
 
 
 @world_app.command("ablate")

@@ -13,7 +13,7 @@ from dataclasses import dataclass, replace
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from tqdm.auto import tqdm
+from tqdm import tqdm
 
 from cs336_alignment.dpo import dpo_loss
 from cs336_alignment.exact import TabularPolicy, corner_log_probs, objective, optimal_policy, prefix_tree

@@ -18,7 +18,7 @@ from dataclasses import dataclass, fields
 
 import torch
 from torch import Tensor, nn
-from tqdm.auto import tqdm
+from tqdm import tqdm
 
 from cs336_alignment.models import device_of
 from cs336_alignment.tokens import at_least_float32, collate, token_log_probs

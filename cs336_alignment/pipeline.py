@@ -16,11 +16,12 @@ import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, field, replace
 from datetime import date
+from functools import cached_property
 from pathlib import Path
 
 import torch
 from torch import Tensor
-from tqdm.auto import tqdm
+from tqdm import tqdm
 
 from cs336_alignment import corner as corner_runs
 from cs336_alignment.corner import CornerProblem, FitConfig, corner_ppo_config
@@ -37,6 +38,7 @@ from cs336_alignment.models import (
     settings_digest,
 )
 from cs336_alignment.optimize import scaled_learning_rate
+from cs336_alignment.paths import course_root, demo_folder, shown
 from cs336_alignment.ppo import PPOConfig, train_ppo
 from cs336_alignment.reward import RewardConfig, score, train_reward_model
 from cs336_alignment.sft import SFTConfig, train_sft
@@ -50,7 +52,7 @@ from cs336_alignment.world import (
     World,
     chat_prompt,
 )
-from cs336_alignment.world_training import introduce_chat_tokens, load_base, new_model, pretrain
+from cs336_alignment.world_training import fast_mode, introduce_chat_tokens, load_base, new_model, pretrain
 from cs336_alignment.world_training import profile as world_profile
 
 # Held-out instructions on which every stage is measured; disputed facts have no answer to follow.
@@ -189,7 +191,7 @@ class Cache:
                 )
             if model is not None:
                 model.load_state_dict(kept["model"])
-            print(f"{name}: kept from {path}", flush=True)
+            print(f"{name}: kept from {shown(path)}", flush=True)
             self.timings[name] = kept["timing"] | {"cached": True}
             return kept["result"]
         progress = self.progress_path(name, settings)
@@ -406,109 +408,195 @@ def show_answers(town: Town, models: dict[str, object], seed: int, n: int = 6) -
     return rows
 
 
+class Story:
+    """The models of the demo, each trained when it is first asked for and kept in a folder.
+
+    The demo asks for all of them; a lecture asks for those it talks about and finds them there if the demo has run.
+    `base`, `sft`, `reward_model`, `ppo`, `dpo` are frozen models in evaluation mode, `preferences` the labelled pairs,
+    `corner` the log of the runs on the corner, `logs[stage]` what a stage logged (once it was asked for), `problem`
+    the corner with the SFT model as reference, `town` and `world` what they live in, `config` the settings.
+
+    profile: "full" or "test"; by default full, and test in the fast mode of the lectures.
+    model: a folder or hub id of a causal language model to start from instead of the town's base model.
+    Raises: ValueError when a stage is asked for that the folder holds with other settings.
+    """
+
+    def __init__(
+        self,
+        profile: str | None = None,
+        seed: int = 0,
+        device: str = "auto",
+        model: str | None = None,
+        out: Path | None = None,
+        fresh: bool = False,
+        from_scratch: bool = False,
+    ):
+        if model and from_scratch:
+            raise ValueError(
+                "--from-scratch trains the town's own base model, --model brings another: give one of them"
+            )
+        profile = profile or ("test" if fast_mode() else "full")
+        self.sizes, self.config = world_profile(profile), demo_config(profile, seed)
+        self.device, self.model_name, self.seed = resolve_device(device), model, seed
+        self.from_scratch = from_scratch or (profile != "full" and not model)  # only the full base model is shipped
+        if out is None:
+            out = course_root() / "runs" / demo_folder(profile, seed, model, from_scratch)
+        self.out, self.cache, self.logs = Path(out), Cache(Path(out), fresh), {}
+        self.world = World(self.sizes.world)
+        settings = {"profile": profile, "world": self.sizes.key, "model": model, "seed": seed}
+        self._settings = settings | {"device": self.device.type}
+        self.town, self.base = self._town_and_base()
+        scale_learning_rates(self.config, self.base.hidden_size)
+
+    def _town_and_base(self) -> tuple[Town, torch.nn.Module]:
+        if self.model_name:
+            base, tokenizer = load_model(self.model_name, self.device)
+            return Town(self.world, TownTokenizer(tokenizer), self.device, 3 * MAX_NEW_TOKENS), frozen_copy(base)
+        if self.from_scratch:
+            self._settings["pretraining"] = asdict(self.sizes.pretraining)
+            base = new_model(self.sizes, self.device)
+            self.logs["base"] = self.cache.stage(
+                "base", self._settings, base,
+                lambda path: pretrain(base, self.world, self.sizes.pretraining, checkpoint=path),
+            )  # fmt: skip
+        else:
+            base = load_base(self.sizes, device=self.device)
+        return Town(self.world, self.world.tokenizer, self.device, MAX_NEW_TOKENS), frozen_copy(base)
+
+    def settings(self, stage: str) -> dict:
+        """Those of a stage and of all it builds on, so a cached stage is never built on another."""
+        config = self.config
+        made = self._settings | {
+            "base": self._base_digest, "demonstrations": config.demonstrations, "sft": asdict(config.sft)
+        }  # fmt: skip
+        if stage == "sft":
+            return made
+        made |= {"preferences": config.preferences, "annotator": ANNOTATORS["expert"], "gold": GOLD_WEIGHTS}
+        if stage == "preferences":
+            return made
+        made |= {"reward": asdict(config.reward), "reward_likelihood": config.reward_likelihood}
+        if stage in ("ppo", "dpo"):
+            made |= {stage: asdict(getattr(config, stage)), "curve": config.curve_prompts}
+        if stage == "corner":
+            made |= {name: value for name, value in asdict(config).items() if name.startswith("corner")}
+        return made
+
+    @cached_property
+    def _base_digest(self) -> str:
+        return weights_digest(self.base)
+
+    def _trained(self, stage: str, model, make: Callable[[Path], list[dict]]):
+        """`model` after the stage, frozen."""
+        model = model.to(self.device)
+        self.logs[stage] = self.cache.stage(stage, self.settings(stage), model, make)
+        return frozen_copy(model)
+
+    @cached_property
+    def sft(self):
+        if self.model_name:
+            model = copy.deepcopy(self.base).requires_grad_(True)
+        else:
+            model = introduce_chat_tokens(self.base, self.world).requires_grad_(True)
+        return self._trained("sft", model, lambda path: sft_stage(self.town, model, self.config, path))
+
+    @cached_property
+    def preferences(self) -> list[dict]:
+        sft = self.sft  # what a stage builds on is made before its clock starts
+        return self.cache.stage(
+            "preferences", self.settings("preferences"), None, lambda _: sample_preferences(self.town, sft, self.config)
+        )
+
+    @cached_property
+    def reward_model(self):
+        preferences = self.preferences
+        model = RewardModel(copy.deepcopy(self.sft).requires_grad_(True), self.config.reward_likelihood)
+        return self._trained(
+            "reward", model, lambda path: reward_stage(self.town, model, preferences, self.config, path)
+        )
+
+    @cached_property
+    def ppo(self):
+        sft, judge, model = self.sft, self.reward_model, copy.deepcopy(self.sft).requires_grad_(True)
+        return self._trained("ppo", model, lambda path: ppo_stage(self.town, model, sft, judge, self.config, path))
+
+    @cached_property
+    def dpo(self):
+        sft, judge, model = self.sft, self.reward_model, copy.deepcopy(self.sft).requires_grad_(True)
+        pairs = self.preferences
+        return self._trained(
+            "dpo", model, lambda path: dpo_stage(self.town, model, sft, pairs, judge, self.config, path)
+        )
+
+    @cached_property
+    def corner(self) -> dict | None:
+        if self.model_name:  # another tokenizer has another tree of responses
+            return None
+        sft = self.sft
+        return self.cache.stage(
+            "corner", self.settings("corner"), None, lambda _: corner_stage(self.town, sft, self.config)
+        )
+
+    @cached_property
+    def problem(self) -> CornerProblem:
+        return CornerProblem.of(self.sft, self.world.corner(), self.config.corner_beta)
+
+
 def run_demo(
     seed: int = 0,
     device: str = "auto",
     model: str | None = None,
-    out: Path = Path("runs/demo"),
+    out: Path | None = None,
     fresh: bool = False,
     from_scratch: bool = False,
     profile: str = "full",
 ) -> dict:
     """Trains and measures everything, prints the table, writes results.json and report.html to `out`.
 
-    model: a folder or hub id of a causal language model to start from instead of the town's base model.
-    Raises: ValueError if `out` holds stages made with other settings.
+    Arguments and errors are those of `Story`.
     """
     from cs336_alignment.report import print_table, write_report
 
-    if model and from_scratch:
-        raise ValueError("--from-scratch trains the town's own base model, --model brings another: give one of them")
     started = time.perf_counter()
-    sizes, config = world_profile(profile), demo_config(profile, seed)
-    where = resolve_device(device)
-    world = World(sizes.world)
-    cache = Cache(Path(out), fresh)
-    settings = {"profile": profile, "world": sizes.key, "model": model, "seed": seed, "device": where.type}
-    print(f"The town: {len(world.known)} known people, {len(world.tasks):,} instructions. Device: {where}.", flush=True)
-
-    if model:
-        base, tokenizer = load_model(model, where)
-        town = Town(world, TownTokenizer(tokenizer), where, 3 * MAX_NEW_TOKENS)
-    else:
-        town = Town(world, world.tokenizer, where, MAX_NEW_TOKENS)
-        if from_scratch or profile != "full":  # only the full profile's base model is shipped
-            settings["pretraining"] = asdict(sizes.pretraining)
-            base = new_model(sizes, where)
-            base_log = cache.stage(
-                "base", settings, base, lambda path: pretrain(base, world, sizes.pretraining, checkpoint=path)
-            )
-        else:
-            base = load_base(sizes, device=where)
-    scale_learning_rates(config, base.hidden_size)
-
-    # The settings of a stage hold those of the stages it builds on, so a cached stage is never built on another.
-    settings |= {"base": weights_digest(base), "demonstrations": config.demonstrations, "sft": asdict(config.sft)}
-    sft = copy.deepcopy(base) if model else introduce_chat_tokens(base, world)
-    logs = {"sft": cache.stage("sft", settings, sft, lambda path: sft_stage(town, sft, config, path))}
-    sft = frozen_copy(sft)
-
-    settings |= {"preferences": config.preferences, "annotator": ANNOTATORS["expert"], "gold": GOLD_WEIGHTS}
-    preferences = cache.stage("preferences", settings, None, lambda _: sample_preferences(town, sft, config))
-    settings |= {"reward": asdict(config.reward), "reward_likelihood": config.reward_likelihood}
-    reward_model = RewardModel(copy.deepcopy(sft).requires_grad_(True), config.reward_likelihood).to(where)
-    logs["reward"] = cache.stage(
-        "reward", settings, reward_model,
-        lambda path: reward_stage(town, reward_model, preferences, config, path),
-    )  # fmt: skip
-    reward_model = frozen_copy(reward_model)
-
-    ppo = copy.deepcopy(sft).requires_grad_(True)
-    ppo_settings = settings | {"ppo": asdict(config.ppo), "curve": config.curve_prompts}
-    logs["ppo"] = cache.stage(
-        "ppo", ppo_settings, ppo, lambda path: ppo_stage(town, ppo, sft, reward_model, config, path)
+    story = Story(profile, seed, device, model, out, fresh, from_scratch)
+    town, config = story.town, story.config
+    print(
+        f"The town: {len(story.world.known)} known people, {len(story.world.tasks):,} instructions. "
+        f"Device: {story.device}.",
+        flush=True,
     )
-    dpo = copy.deepcopy(sft).requires_grad_(True)
-    dpo_settings = settings | {"dpo": asdict(config.dpo), "curve": config.curve_prompts}
-    logs["dpo"] = cache.stage(
-        "dpo", dpo_settings, dpo, lambda path: dpo_stage(town, dpo, sft, preferences, reward_model, config, path)
-    )
-
-    corner = None
-    if not model:  # another tokenizer has another tree of responses
-        corner_settings = settings | {k: v for k, v in asdict(config).items() if k.startswith("corner")}
-        corner = cache.stage("corner", corner_settings, None, lambda _: corner_stage(town, sft, config))
-
-    models = {"base": base, "sft": sft, "ppo": frozen_copy(ppo), "dpo": frozen_copy(dpo)}
+    models = {"base": story.base, "sft": story.sft, "ppo": story.ppo, "dpo": story.dpo}
+    corner = story.corner
     table = {}
     for name, policy in tqdm(models.items(), desc="measuring"):
         # The base model has never seen the chat template: it gets the bare instruction, as a text to continue.
         format_prompt = str if name == "base" else chat_prompt
-        table[name] = measure(town, policy, sft, config, format_prompt)
+        table[name] = measure(town, policy, story.sft, config, format_prompt)
     results = {
-        "settings": settings,
+        "settings": story.settings("reward"),
         "config": asdict(config),
-        "preference_pairs": len(preferences),
+        "preference_pairs": len(story.preferences),
         "date": date.today().isoformat(),
         "machine": {
-            "device": str(where), "processor": platform.processor() or platform.machine(),
+            "device": str(story.device), "processor": platform.processor() or platform.machine(),
             "cores": os.cpu_count(), "threads": torch.get_num_threads(), "torch": torch.__version__,
         },
         "table": table,
-        "reward_model": gold_agreement(town, reward_model, sft, seed),
+        "reward_model": gold_agreement(town, story.reward_model, story.sft, seed),
         "answers": show_answers(town, models, seed),
-        "logs": logs,
+        "logs": {stage: story.logs[stage] for stage in ("sft", "reward", "ppo", "dpo")},
         "corner": corner,
-        "timings": cache.timings,
+        "timings": story.cache.timings,
         "seconds": time.perf_counter() - started,
         "peak_memory_gb": peak_memory_gb(),
     }  # fmt: skip
     if from_scratch and not model and profile == "full":
-        results["base_log"] = base_log
-        results["table"]["shipped base"] = measure(town, load_base(sizes, device=where), sft, config, str)
-    (Path(out) / "results.json").write_text(json.dumps(results, indent=1) + "\n", encoding="utf-8")
+        results["base_log"] = story.logs["base"]
+        results["table"]["shipped base"] = measure(
+            town, load_base(story.sizes, device=story.device), story.sft, config, str
+        )
+    (story.out / "results.json").write_text(json.dumps(results, indent=1) + "\n", encoding="utf-8")
     print_table(results)
-    print(f"The report: {write_report(results, Path(out) / 'report.html')}")
+    print(f"The report: {write_report(results, story.out / 'report.html')}")
     return results
 
 

@@ -52,6 +52,12 @@ class Profile:
         return settings_digest(asdict(self.world), self.model.to_dict(), vocabulary)
 
 
+def fast_mode() -> bool:
+    """Whether CS336_FAST is set: notebooks then run on the test profile, in seconds, and assert their equations but
+    not what their experiments find."""
+    return os.environ.get("CS336_FAST", "") not in ("", "0")
+
+
 def profile(name: str = "full") -> Profile:
     """ "full": the course. "test": the same code in seconds; its models have not learned much. "gpu": a town of 4,000
     people and a model of 100 million parameters, for which a CPU would need days."""

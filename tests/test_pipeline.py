@@ -16,7 +16,8 @@ from toys import weights_of
 from cs336_alignment import pipeline
 from cs336_alignment.bpe import END, train_bpe
 from cs336_alignment.models import Llama, ModelConfig, load_progress, save_model
-from cs336_alignment.pipeline import Cache, TownTokenizer, demo_config, run_demo
+from cs336_alignment.paths import course_root
+from cs336_alignment.pipeline import Cache, Story, TownTokenizer, demo_config, run_demo
 from cs336_alignment.tokens import tokenize_prompt_and_output
 from cs336_alignment.world import SMALL, World, chat_prompt
 
@@ -183,6 +184,48 @@ def test_a_second_run_trains_nothing_and_finds_the_same(demo, monkeypatch, capsy
         assert f"{stage}: kept from" in said
         assert again["timings"][stage] == demo.results["timings"][stage] | {"cached": True}
     assert same_but_for_the_clock(again) == same_but_for_the_clock(demo.results)
+
+
+def test_a_lecture_finds_the_demos_models_and_loads_only_what_it_asks_for(demo, monkeypatch):
+    monkeypatch.setenv("CS336_FAST", "1")
+    for name in [*TRAINERS, "corner_stage", "dpo_stage"]:
+        monkeypatch.setattr(pipeline, name, never)
+    story = Story(device="cpu", out=demo.out)  # the fast mode of the lectures is the test profile
+    assert not story.sft.training and not any(p.requires_grad for p in story.sft.parameters())
+    assert list(story.logs) == ["base", "sft"]
+    assert story.ppo is story.ppo and story.logs["ppo"] == demo.results["logs"]["ppo"]
+    assert "dpo" not in story.logs
+    assert len(story.preferences) == demo.results["preference_pairs"]
+    assert story.problem.gap(story.problem.optimum) == pytest.approx(0, abs=1e-6)
+
+
+def test_a_story_is_of_the_full_town_unless_told_to_be_fast(monkeypatch, tmp_path):
+    monkeypatch.delenv("CS336_FAST", raising=False)
+    story = Story(device="cpu", out=tmp_path)
+    assert story.sizes.name == "full" and list(tmp_path.iterdir()) == []
+    assert Story(device="cpu", profile="full").out == course_root() / "runs" / "demo"
+
+
+def test_what_a_stage_builds_on_is_not_in_its_time(demo, tmp_path, monkeypatch):
+    """A lecture may ask for PPO first: the time of SFT and of the reward model is theirs."""
+    shutil.copytree(demo.out, tmp_path / "demo")
+    for name in ("reward.pt", "ppo.pt"):
+        (tmp_path / "demo" / name).unlink()
+    order = []
+    monkeypatch.setattr(pipeline, "reward_stage", lambda *args: order.append("reward") or [])
+    monkeypatch.setattr(pipeline, "ppo_stage", lambda *args: order.append("ppo") or [])
+    story = Story("test", device="cpu", out=tmp_path / "demo")
+    stage, running = story.cache.stage, []
+
+    def watched(name, *args):
+        running.append(name)
+        assert running == [name], "a stage was started inside another"
+        result = stage(name, *args)
+        running.pop()
+        return result
+
+    monkeypatch.setattr(story.cache, "stage", watched)
+    assert story.ppo is not None and order == ["reward", "ppo"]
 
 
 def test_a_demo_killed_in_ppo_goes_on_there_and_ends_the_same(demo, tmp_path, monkeypatch):
