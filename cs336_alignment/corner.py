@@ -270,13 +270,24 @@ def sample_pairs(
     return Pairs(prompt, first, second, p_first)
 
 
-def dpo(policy, problem: CornerProblem, pairs: Pairs, config: FitConfig, beta: float | None = None, progress=True):
-    """Full-batch DPO on the pairs. With one-bit labels of temperature T, pi* is the optimum for beta / T."""
+def dpo(
+    policy,
+    problem: CornerProblem,
+    pairs: Pairs,
+    config: FitConfig,
+    beta: float | None = None,
+    progress: bool = True,
+    loss_fn: Callable = dpo_loss,
+):
+    """Full-batch DPO on the pairs. With one-bit labels of temperature T, pi* is the optimum for beta / T.
+
+    loss_fn: as in `dpo.train_dpo`.
+    """
     beta = problem.beta if beta is None else beta
     first, second = (pairs.prompt, pairs.first), (pairs.prompt, pairs.second)
     ref_first, ref_second = problem.ref_log_probs[first], problem.ref_log_probs[second]
 
     def loss_of(log_probs: Tensor) -> Tensor:
-        return dpo_loss(log_probs[first], log_probs[second], ref_first, ref_second, beta, 1 - pairs.p_first)
+        return loss_fn(log_probs[first], log_probs[second], ref_first, ref_second, beta, 1 - pairs.p_first)
 
     return fit(policy, problem, loss_of, config, progress, "corner, DPO")

@@ -1,0 +1,131 @@
+"""`check("dpo_loss", dpo_loss)`: a student's function on the visible cases, and its mistake by name if it is known.
+
+It works from numbers alone: `visible/NAME.json` holds the inputs, the expected values, and the values that known
+mistakes give. The code behind them stays with the instructors (`visible.py` writes the files).
+"""
+
+import json
+import textwrap
+from collections.abc import Callable
+from pathlib import Path
+
+from cs336_alignment.grading.compare import difference
+from cs336_alignment.grading.probe import decode, decode_results, encode_results, run_calls
+
+VISIBLE = Path(__file__).parent / "visible"
+
+
+class CheckFailed(AssertionError):
+    """A visible case is not right. In a notebook it shows as the report alone, without a traceback."""
+
+    def _render_traceback_(self) -> list[str]:
+        return str(self).splitlines()
+
+
+def check(name: str, function: Callable) -> None:
+    """Runs the visible cases of an exercise on your function and says what it finds, case by case.
+
+    name: of the exercise, which is the function's name. Raises: CheckFailed with the report if a case is not right,
+    ValueError for a name that is no exercise.
+    """
+    exercise = load(name)
+    report, passed = examine(exercise, function)
+    if not passed:
+        raise CheckFailed(report)
+    print(report)
+
+
+def load(name: str) -> dict:
+    """What is published of an exercise."""
+    path = VISIBLE / f"{name}.json"
+    if not path.is_file():
+        known = ", ".join(sorted(p.stem for p in VISIBLE.glob("*.json")))
+        raise ValueError(f"there is no exercise {name!r}; there are {known}")
+    return json.loads(path.read_text(encoding="utf-8"))
+
+
+def published(assignment: str) -> list[dict]:
+    """What is published of all exercises of an assignment, in their order."""
+    found = [json.loads(path.read_text(encoding="utf-8")) for path in VISIBLE.glob("*.json")]
+    return sorted((e for e in found if e["assignment"] == assignment), key=lambda exercise: exercise["order"])
+
+
+def examine(exercise: dict, function: Callable) -> tuple[str, bool]:
+    """The report, and whether every visible case is right."""
+    name = exercise["name"]
+    if not callable(function):
+        return f"{name} is {function!r:.60}, not a function.", False
+    if (getattr(function, "__module__", "") or "").startswith("cs336_alignment."):
+        return (
+            f"This is the package's own {name}. It is not there when your notebook is graded: write yours, "
+            "and give that to check.",
+            False,
+        )
+    results = []
+    for case in exercise["cases"]:
+        calls = [[decode(argument) for argument in call] for call in case["calls"]]
+        found = run_calls(function, calls, case["gradients"], case["after"], quiet=False)
+        if any(result.get("error") == "NotImplementedError" for result in found):
+            return f"{name} is not written yet: it raises NotImplementedError.", False
+        results.append(decode_results(encode_results(found)))
+    wrong = [compare(exercise, case, found, case["expected"]) for case, found in zip(exercise["cases"], results)]
+    return as_text(exercise, wrong, find_mistake(exercise, results, wrong)), not any(wrong)
+
+
+def compare(exercise: dict, case: dict, found: list[dict], wanted: list[dict]):
+    """The first difference between results and what is wanted, over the calls of a case; None if there is none."""
+    names, (rtol, atol) = tuple(exercise["parameters"]), case["tolerance"]
+    parts = (
+        difference(result, right, rtol, atol, names, tuple(case["gradients"]))
+        for result, right in zip(found, decode_results(wanted))
+    )
+    return next(filter(None, parts), None)
+
+
+def find_mistake(exercise: dict, results: list, wrong: list) -> dict | None:
+    """The known mistake whose values these are on every case; failing that, the one that explains a case that is
+    wrong (who makes two mistakes at once is told of one)."""
+    same = [
+        [
+            not compare(exercise, case, found, wanted)
+            for case, found, wanted in zip(exercise["cases"], results, m["results"])
+        ]
+        for m in exercise["mistakes"]
+    ]
+    for mistake, agrees in zip(exercise["mistakes"], same):
+        if any(wrong) and all(agrees):
+            return mistake
+    for number, case in enumerate(exercise["cases"]):
+        for mistake, agrees in zip(exercise["mistakes"], same):
+            if (
+                wrong[number]
+                and agrees[number]
+                and compare(exercise, case, decode_results(mistake["results"][number]), case["expected"])
+            ):
+                return mistake
+    return None
+
+
+def as_text(exercise: dict, wrong: list, mistake: dict | None) -> str:
+    """The report: a line a case, what was expected where it is not right, and the mistake if it is known."""
+    width = max(len(case["name"]) for case in exercise["cases"])
+    lines = []
+    for case, found in zip(exercise["cases"], wrong):
+        if found is None:
+            lines.append(f"  right   {case['name']}")
+            continue
+        lines.append(f"  WRONG   {case['name']:<{width}}   {found.text}")
+        lines += textwrap.wrap(f"expected: {case['expects']}", 100, initial_indent=" " * 10, subsequent_indent=" " * 20)
+    if mistake:
+        equation = mistake["equation"] or exercise["equation"]
+        hint = f"Looks like a known mistake: {mistake['hint']} See equation ({equation}), {exercise['lecture']}."
+        lines += ["", *textwrap.wrap(hint, 100)]
+    return "\n".join([exercise["name"], *lines, "", tally(len(wrong) - sum(map(bool, wrong)), exercise)])
+
+
+def tally(right: int, exercise: dict) -> str:
+    visible, hidden = len(exercise["cases"]), exercise["hidden"]
+    count = f"{right} of {visible} visible checks pass"
+    if exercise["points"] == 0:
+        return f"{count}; this exercise is optional and not graded."
+    return f"{count}; {hidden} hidden ones run when it is graded."

@@ -1,0 +1,123 @@
+"""Whether a result is the expected one, and if not, what is different, in words.
+
+Used on visible cases by `check` and on all cases by the judge. Results are those of `probe.run_calls`, decoded.
+"""
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from cs336_alignment.grading.probe import Other
+
+
+@dataclass(frozen=True)
+class Difference:
+    """What is different, as half a sentence about the student's function."""
+
+    text: str
+    discreet: str = ""  # the same without the expected number, for cases that stay hidden
+
+    @property
+    def without_numbers(self) -> str:
+        return self.discreet or self.text
+
+
+def difference(
+    result: dict, expected: dict, rtol: float, atol: float, names: tuple[str, ...], gradients: tuple[int, ...] = ()
+) -> Difference | None:
+    """What distinguishes a result from the expected one; None if nothing does.
+
+    names: of the function's arguments; gradients: the positions of those that it is differentiated by.
+    """
+    if "error" in expected:
+        if result.get("error") == expected["error"]:
+            return None
+        got = f"raised {result['error']}" if "error" in result else "returned a value"
+        return Difference(f"{got}; it should raise {expected['error']}")
+    if "error" in result:
+        line = f", at `{result['line'].strip():.100}`" if result.get("line") else ""
+        return Difference(f"raised {result['error']}: {result.get('message') or 'no message'}{line}")
+    different = value_difference(result["value"], expected["value"], rtol, atol, "the result")
+    if different:
+        return different
+    pairs = zip(gradients, result.get("gradients") or [None] * len(gradients), expected.get("gradients", []))
+    for position, got, wanted in pairs:
+        what = f"the gradient by `{names[position]}`"
+        if got is None and wanted is not None and wanted.abs().max() > 0:
+            return Difference(f"{what} is missing: the result does not depend on it in a way that autograd can follow")
+        if got is not None and wanted is not None:
+            different = value_difference(got, wanted, rtol, atol, what)
+            if different:
+                return different
+    for got, wanted in zip(result.get("after") or [None], expected.get("after", [])):
+        different = value_difference(got, wanted, rtol, atol, "the model's weight afterwards")
+        if different:
+            return different
+    changed = [f"`{names[i]}`" for i in result.get("changed", []) if i < len(names)]
+    if changed and not expected.get("changed"):
+        return Difference(f"changes its argument {', '.join(changed)} in place; work on a copy")
+    return None
+
+
+def value_difference(got, wanted, rtol: float, atol: float, what: str) -> Difference | None:
+    """As `difference`, for a value: tensors, numbers, text, None, lists and dictionaries of them."""
+    if isinstance(wanted, dict):
+        if not isinstance(got, dict):
+            return Difference(f"{what} is {kind(got)}; it should be a dictionary with {', '.join(map(repr, wanted))}")
+        missing = [key for key in wanted if key not in got]
+        if missing:
+            return Difference(f"{what} has no {', '.join(map(repr, missing))}")
+        parts = (value_difference(got[key], x, rtol, atol, f"{what}[{key!r}]") for key, x in wanted.items())
+        return next(filter(None, parts), None)
+    if isinstance(wanted, list):
+        if not isinstance(got, list) or len(got) != len(wanted):
+            size = f" of {len(got)}" if isinstance(got, list) else ""
+            return Difference(f"{what} is {kind(got)}{size}; it should be {len(wanted)} values")
+        parts = (value_difference(a, b, rtol, atol, f"{what}[{i}]") for i, (a, b) in enumerate(zip(got, wanted)))
+        return next(filter(None, parts), None)
+    if isinstance(wanted, str | bool | None):
+        if isinstance(got, Tensor) and isinstance(wanted, bool) and got.numel() == 1:
+            got = bool(got)
+        if got == wanted and type(got) is type(wanted):
+            return None
+        return Difference(f"{what} is {kind(got)}; it should be {wanted!r}", f"{what} is not as expected")
+    return tensor_difference(got, wanted, rtol, atol, what)
+
+
+def tensor_difference(got, wanted, rtol: float, atol: float, what: str) -> Difference | None:
+    """Numbers count as tensors without dimensions; float types are not compared, only what they hold."""
+    if not isinstance(got, Tensor | float | int) or isinstance(got, bool):
+        return Difference(
+            f"{what} is {kind(got)}; it should be {'a tensor' if isinstance(wanted, Tensor) else 'a number'}"
+        )
+    exact = isinstance(wanted, Tensor) and not wanted.is_floating_point()
+    got, wanted = torch.as_tensor(got), torch.as_tensor(wanted)
+    if got.shape != wanted.shape:
+        return Difference(f"{what} has shape {tuple(got.shape)}; it should have {tuple(wanted.shape)}")
+    if exact and (got.dtype == torch.bool) != (wanted.dtype == torch.bool):
+        return Difference(f"{what} has type {str(got.dtype)[6:]}; it should be {str(wanted.dtype)[6:]}")
+    got, wanted = got.double(), wanted.double()
+    close = (got == wanted) | (got.isnan() & wanted.isnan())
+    close |= wanted.isfinite() & ((got - wanted).abs() <= atol + rtol * wanted.abs())
+    if close.all():
+        return None
+    worst = torch.where(close, -1.0, (got - wanted).abs().nan_to_num(torch.inf)).flatten().argmax().item()
+    where = torch.unravel_index(torch.tensor(worst), wanted.shape) if wanted.dim() else ()
+    place = f" at [{', '.join(str(int(i)) for i in where)}]" if wanted.dim() else ""
+    wrong = int((~close).sum())
+    many = f" ({wrong} of {wanted.numel()} values differ)" if wanted.numel() > 1 else ""
+    return Difference(
+        f"{what}{place} is {got.flatten()[worst]:.6g}; it should be {wanted.flatten()[worst]:.6g}{many}",
+        f"{what} is not the expected one",
+    )
+
+
+def kind(value) -> str:
+    """What sort of thing a value is, for a message."""
+    if isinstance(value, Other):
+        return f"of type {value.kind}"
+    if isinstance(value, Tensor):
+        return f"a tensor of shape {tuple(value.shape)}"
+    names = {type(None): "None", bool: str(value), dict: "a dictionary", list: "a list", str: f"the text {value!r:.60}"}
+    return names.get(type(value), f"{value!r:.60}")

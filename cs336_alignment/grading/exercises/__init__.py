@@ -1,0 +1,1 @@
+"""One file an exercise; see `grading/exercise.py`. Students do not get this folder."""

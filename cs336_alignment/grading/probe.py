@@ -1,0 +1,182 @@
+"""Calling a student's function on given inputs and writing down what came out.
+
+This runs where the student's code runs: in a notebook, or in a kernel that is graded. It holds no expected value and
+no reference, so nothing here is worth stealing. Inputs and results travel as JSON; numbers travel as their exact bits.
+"""
+
+import base64
+import contextlib
+import copy
+import io
+import traceback
+import warnings
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+DTYPES = {str(d).removeprefix("torch."): d for d in (torch.float64, torch.float32, torch.float16, torch.bfloat16)}
+DTYPES |= {"int64": torch.int64, "bool": torch.bool}
+
+
+ENCODED = ("value", "gradients", "after")  # what of a result is values; the rest is plain text and numbers
+
+
+class ToyModel(torch.nn.Module):
+    """A causal language model small enough to be an input of a test: logits at t depend on the tokens up to t."""
+
+    def __init__(self, weight: Tensor):
+        """weight: (V, V). Logits are the mean of the rows of the tokens so far, twice the last token's included."""
+        super().__init__()
+        self.weight = torch.nn.Parameter(weight)
+
+    def forward(self, input_ids: Tensor) -> Tensor:
+        rows = self.weight[input_ids]
+        count = torch.arange(1, input_ids.shape[1] + 1, device=rows.device, dtype=rows.dtype)[:, None]
+        return rows + rows.cumsum(dim=1) / count
+
+
+@dataclass(frozen=True)
+class SGD:
+    """Stands for a plain optimizer of the model at position `of` of the arguments, that has seen another batch before:
+    its gradients are not zero. The function gets a real `torch.optim.SGD`."""
+
+    lr: float
+    of: int = 0
+
+    def build(self, arguments: list) -> torch.optim.SGD:
+        parameters = list(arguments[self.of].parameters())
+        for parameter in parameters:
+            parameter.grad = torch.ones_like(parameter)
+        return torch.optim.SGD(parameters, self.lr)
+
+
+# ------------------------------------------------------------------------------------------ values as JSON
+
+
+def encode(value):
+    """A value as JSON: tensors, numbers, text, None, lists, dicts, and toy models."""
+    if isinstance(value, ToyModel):
+        return {"model": encode(value.weight.detach())}
+    if isinstance(value, SGD):
+        return {"sgd": value.lr, "of": value.of}
+    if isinstance(value, Tensor):
+        kind = str(value.dtype).removeprefix("torch.")
+        exact = value.detach().cpu().to(torch.float64 if value.is_floating_point() else torch.int64).contiguous()
+        bits = base64.b64encode(exact.numpy().tobytes()).decode()
+        return {"tensor": kind, "shape": list(value.shape), "bits": bits}
+    if isinstance(value, bool | int | str | None):
+        return value
+    if isinstance(value, float):
+        return {"float": value.hex()}
+    if isinstance(value, tuple | list):
+        return {"list": [encode(x) for x in value]}
+    if isinstance(value, dict):
+        return {"dict": {str(key): encode(x) for key, x in value.items()}}
+    return {"other": type(value).__name__}
+
+
+def decode(data):
+    """The value that `encode` wrote; what no student's function is meant to return comes back as an `Other`.
+
+    Raises: ValueError, TypeError or KeyError on anything that `encode` did not write.
+    """
+    if isinstance(data, bool | int | str | None):
+        return data
+    if "model" in data:
+        return ToyModel(decode(data["model"]))
+    if "sgd" in data:
+        return SGD(float(data["sgd"]), int(data["of"]))
+    if "tensor" in data:
+        floating = data["tensor"] not in ("int64", "bool")
+        shape = [int(n) for n in data["shape"]]
+        exact = torch.float64 if floating else torch.int64
+        raw = base64.b64decode(data["bits"], validate=True)
+        flat = torch.frombuffer(bytearray(raw), dtype=exact) if raw else torch.empty(0, dtype=exact)
+        return flat.reshape(shape).to(DTYPES[data["tensor"]])
+    if "float" in data:
+        return float.fromhex(data["float"])
+    if "list" in data:
+        return [decode(x) for x in data["list"]]
+    if "dict" in data:
+        return {key: decode(x) for key, x in data["dict"].items()}
+    return Other(str(data["other"]))
+
+
+class Other:
+    """Stands for a returned object that is no number, tensor, list or dictionary of them."""
+
+    def __init__(self, kind: str):
+        self.kind = kind
+
+
+# --------------------------------------------------------------------------------------- calling functions
+
+
+def run_calls(
+    function: Callable, calls: Sequence, gradients: Sequence[int] = (), after: Sequence[int] = (), quiet: bool = True
+) -> list[dict]:
+    """What `function` does with each list of arguments.
+
+    gradients: positions of arguments by which the result is differentiated: d(sum of weighted results)/d(argument),
+    where the weights differ, so that a gradient that belongs to another row is seen; of a model, by its weight.
+    after: positions of arguments that the function is there to change, such as a model in a training step.
+    Returns a dict a call: "value", "gradients" and "after" (not encoded), or "error" with "message" and "line" (the
+    line of the student's code that raised); "changed": the positions of arguments that it should have left alone.
+    """
+    return [run_call(function, copy.deepcopy(list(call)), gradients, after, quiet) for call in calls]
+
+
+def run_call(function: Callable, arguments: list, gradients: Sequence[int], after: Sequence[int], quiet: bool) -> dict:
+    before = [encode(x) for x in arguments]
+    leaves = []
+    for position in gradients:
+        argument = arguments[position]
+        leaves.append(argument.weight if isinstance(argument, ToyModel) else argument.requires_grad_(True))
+    arguments = [x.build(arguments) if isinstance(x, SGD) else x for x in arguments]
+    silence = contextlib.ExitStack()
+    try:
+        with silence, torch.enable_grad():
+            silence.enter_context(warnings.catch_warnings())
+            warnings.simplefilter("ignore")
+            if quiet:
+                silence.enter_context(contextlib.redirect_stdout(io.StringIO()))
+                silence.enter_context(contextlib.redirect_stderr(io.StringIO()))
+            value = function(*arguments)
+            result = {"value": value}
+            if gradients:
+                result["gradients"] = gradients_of(value, leaves)
+    except Exception as error:
+        return {"error": type(error).__name__, "message": str(error)[:500], "line": students_line(error)}
+    if after:
+        result["after"] = [arguments[position].weight.detach() for position in after]
+    kept = [i for i, x in enumerate(arguments) if i not in after and not isinstance(x, torch.optim.Optimizer)]
+    result["changed"] = [i for i in kept if encode(arguments[i]) != before[i]]
+    return result
+
+
+def gradients_of(value, leaves: list[Tensor]) -> list[Tensor | None]:
+    """Gradients of the weighted sum of the result by the leaves; None where the result does not depend on a leaf."""
+    if not isinstance(value, Tensor) or not value.requires_grad:
+        return [None] * len(leaves)
+    weights = torch.linspace(1, 2, value.numel(), dtype=value.dtype, device=value.device).reshape(value.shape)
+    return list(torch.autograd.grad((value * weights).sum(), leaves, allow_unused=True))
+
+
+def students_line(error: BaseException) -> str | None:
+    """The innermost line of code written in a notebook (or a student's file) that an error passed through."""
+    package = __file__.rsplit("grading", 1)[0]
+    frames = traceback.extract_tb(error.__traceback__)
+    own = [f for f in frames if "site-packages" not in f.filename and not f.filename.startswith((package, "<frozen"))]
+    return own[-1].line if own else None
+
+
+def encode_results(results: list[dict]) -> list[dict]:
+    """Results of `run_calls` as JSON."""
+    return [{name: encode(x) if name in ENCODED else x for name, x in result.items()} for result in results]
+
+
+def decode_results(data: list[dict]) -> list[dict]:
+    """Raises: ValueError, TypeError or KeyError on anything that `encode_results` did not write."""
+    return [{name: decode(x) if name in ENCODED else x for name, x in result.items()} for result in data]
