@@ -38,7 +38,10 @@ VERBS = {
     "demo": "the whole story in one go: base, SFT, reward model, PPO, DPO; ends with an HTML report",
     "test": "run the tests (--full: the slow ones too; other arguments go to pytest)",
     "lab": "open JupyterLab",
+    "check": "run the visible checks on your notebook: check a4_dpo",
+    "release": "for instructors: make the students' notebooks and their zip from solutions/",
     "lectures": "run the lectures' notebooks and keep their outputs (--stale: only those that need it; --fast)",
+    "book": "make the lectures, glossary, bibliography and reference into pages that open in a browser, offline",
     "train": "train sft, reward or dpo on a file of your own: train sft --data FILE",
     "world": "look at the embedded world (world show) or retrain its base model (world train)",
     "setup": "make the environment and do nothing else",
@@ -46,6 +49,7 @@ VERBS = {
     "clean": "remove what course.py made: .venv, runs/, caches (asks first; --yes)",
 }
 HANDLED_HERE = ("setup", "doctor", "clean")
+EXTRAS = {"book": "book"}  # verbs that need more packages than the rest: optional-dependencies of pyproject.toml
 
 # Variables that would make the environment's Python, or pip in it, look or install somewhere else.
 FOREIGN_VARIABLES = (
@@ -316,9 +320,9 @@ def choose_installers(environ: dict) -> list[str]:
     return ["pip"]
 
 
-def install_command(installer: str, root: str = ROOT) -> list[str]:
+def install_command(installer: str, root: str = ROOT, extra: str | None = None) -> list[str]:
     """The command that installs the course and everything it needs into `.venv`, every version pinned."""
-    what = ["-c", os.path.join(root, "constraints.txt"), "-e", root]
+    what = ["-c", os.path.join(root, "constraints.txt"), "-e", f"{root}[{extra}]" if extra else root]
     if installer == "uv":
         return list(find_uv() or ["uv"]) + ["pip", "install", "--python", venv_python(root)] + what
     if has_pip(root):
@@ -471,10 +475,12 @@ def write_file(path: str, text: str) -> None:
     os.replace(path + ".tmp", path)
 
 
-def ensure_environment(root: str = ROOT, environ: dict | None = None, quiet: bool = False) -> None:
+def ensure_environment(
+    root: str = ROOT, environ: dict | None = None, quiet: bool = False, extra: str | None = None
+) -> None:
     """Make or repair `.venv` unless its stamp says that it is what constraints.txt and pyproject.toml ask."""
     environ = os.environ if environ is None else environ
-    if venv_state(root) == "ready":
+    if venv_state(root) == "ready" and has_extra(root, extra):
         if not quiet:
             say("course: .venv is ready (installed with {})".format(read_stamp(root).get("installer")))
         return
@@ -482,6 +488,12 @@ def ensure_environment(root: str = ROOT, environ: dict | None = None, quiet: boo
         state = venv_state(root)
         if state != "ready":  # another terminal may have done it while we waited
             install(root, environ, state, lock)
+        if not has_extra(root, extra):
+            install_extra(root, environ, extra, lock)
+
+
+def has_extra(root: str, extra: str | None) -> bool:
+    return extra is None or extra in read_stamp(root).get("extras", [])
 
 
 def install(root: str, environ: dict, state: str, lock=None) -> None:
@@ -494,8 +506,7 @@ def install(root: str, environ: dict, state: str, lock=None) -> None:
         say(f"course: only {free:.1f} GB free here; the installation needs about {NEEDED_GB} GB and may fail")
     env = child_environment(environ, root)
     env.update(uv_settings(environ, pip_settings()))
-    log_path = os.path.join(state_dir(root), "install.log")
-    write_file(log_path, f"course.py, Python {sys.version.split()[0]}, {sys.platform}\n")
+    log_path = start_log(root)
     if state in MADE_ANEW:
         remove_tree(venv_dir(root))
     os.makedirs(venv_dir(root), exist_ok=True)
@@ -505,6 +516,45 @@ def install(root: str, environ: dict, state: str, lock=None) -> None:
     if not os.path.exists(venv_python(root)):
         say(f"course: making .venv with Python {sys.version.split()[0]}")
         make_venv(root, env, log_path, lock)
+    installer = run_installers(root, env, installers, log_path, lock)
+    stamp = {
+        "hash": wanted_hash(root),
+        "python": "{}.{}".format(*sys.version_info[:2]),
+        "folder": os.path.abspath(root),
+        "installer": installer,
+        "extras": [],
+        "when": time.strftime("%Y-%m-%d %H:%M:%S"),
+    }
+    os.remove(marker_path(root))
+    write_stamp(root, stamp)  # last: a killed run is repeated
+
+
+def install_extra(root: str, environ: dict, extra: str, lock=None) -> None:
+    """Add the packages that only some verbs need. Where that fails, `.venv` is still good for the other verbs."""
+    installers = choose_installers(environ)
+    env = child_environment(environ, root)
+    env.update(uv_settings(environ, pip_settings()))
+    say(f"course: `{extra}` needs a few packages more")
+    run_installers(root, env, installers, start_log(root), lock, extra)
+    stamp = read_stamp(root)
+    stamp["extras"] = sorted({*stamp.get("extras", []), extra})
+    write_stamp(root, stamp)
+
+
+def start_log(root: str) -> str:
+    log_path = os.path.join(state_dir(root), "install.log")
+    write_file(log_path, f"course.py, Python {sys.version.split()[0]}, {sys.platform}\n")
+    return log_path
+
+
+def write_stamp(root: str, stamp: dict) -> None:
+    write_file(stamp_path(root), json.dumps(stamp, indent=1) + "\n")
+
+
+def run_installers(
+    root: str, env: dict, installers: list[str], log_path: str, lock=None, extra: str | None = None
+) -> str:
+    """Try one installer after the other; the name of the first that managed."""
     said = []
     for number, installer in enumerate(installers):
         say(
@@ -512,18 +562,9 @@ def install(root: str, environ: dict, state: str, lock=None) -> None:
                 installer, "seconds to a minute" if installer == "uv" else "a few minutes the first time"
             )
         )
-        code, tail = run_shown(install_command(installer, root), env, log_path, "installed", lock)
+        code, tail = run_shown(install_command(installer, root, extra), env, log_path, "installed", lock)
         if code == 0:
-            stamp = {
-                "hash": wanted_hash(root),
-                "python": "{}.{}".format(*sys.version_info[:2]),
-                "folder": os.path.abspath(root),
-                "installer": installer,
-                "when": time.strftime("%Y-%m-%d %H:%M:%S"),
-            }
-            os.remove(marker_path(root))
-            write_file(stamp_path(root), json.dumps(stamp, indent=1) + "\n")  # last: a killed run is repeated
-            return
+            return installer
         if number + 1 < len(installers):
             say(f"course: uv did not manage:\n{indented(tail[-4:])}\ncourse: trying pip instead")
         said += tail
@@ -897,6 +938,48 @@ def clean(arguments: list[str], root: str = ROOT, ask=input) -> int:
 
 
 # ----------------------------------------------------------------------------------------------------
+# A student's notebooks
+
+
+def place_assignments(root: str = ROOT) -> None:
+    """Puts a working copy of each released assignment beside `assignments/.release/`, where a student's zip has them.
+
+    A notebook that was edited stays. If its assignment has changed since, the new version comes beside it and this
+    says so; one that nobody has touched is simply replaced.
+    """
+    folder = os.path.join(root, "assignments", ".release")
+    record_path = os.path.join(root, ".course", "assignments.json")
+    record = {}
+    with contextlib.suppress(OSError, ValueError), open(record_path, encoding="utf-8") as file:
+        record = json.load(file)
+    before = dict(record)
+    for name in sorted(os.listdir(folder)) if os.path.isdir(folder) else []:
+        source = os.path.join(folder, name, name + ".ipynb")
+        target = os.path.join(root, "assignments", name, name + ".ipynb")
+        released = file_hash(source)
+        if not os.path.exists(target) or file_hash(target) == record.get(name):
+            os.makedirs(os.path.dirname(target), exist_ok=True)
+            shutil.copyfile(source, target)
+        elif record.get(name) != released and file_hash(target) != released:
+            newer = os.path.join(root, "assignments", name, f"{name}-new-{released[:6]}.ipynb")
+            if record.get(name) is not None or not os.path.exists(newer):
+                shutil.copyfile(source, newer)
+                say(
+                    f"course: {name} has changed. Your notebook stays as it is; the new version is "
+                    f"{os.path.relpath(newer, root)}"
+                )
+        record[name] = released
+    if record != before:
+        os.makedirs(os.path.dirname(record_path), exist_ok=True)
+        write_file(record_path, json.dumps(record, indent=1))
+
+
+def file_hash(path: str) -> str:
+    with open(path, "rb") as file:
+        return hashlib.sha256(file.read()).hexdigest()
+
+
+# ----------------------------------------------------------------------------------------------------
 
 
 def usage() -> str:
@@ -934,7 +1017,8 @@ def main(arguments: list[str] | None = None) -> int:
     problem = python_problem()
     if problem:
         raise CourseError(problem)
-    ensure_environment(quiet=verb != "setup")
+    place_assignments()
+    ensure_environment(quiet=verb != "setup", extra=EXTRAS.get(verb))
     if verb == "setup":
         return 0
     return hand_over(arguments)

@@ -14,7 +14,7 @@ from typing import Annotated
 
 import typer
 
-from cs336_alignment.paths import PACKAGE, course_root
+from cs336_alignment.paths import PACKAGE, course_root, shown
 
 USER_ERROR = 2  # exit code for something the user can put right
 
@@ -162,6 +162,17 @@ def run_until_it_ends(command: list[str], folder: Path) -> int:
 
 
 @app.command()
+def book(
+    out: Annotated[Path | None, typer.Option(help="Where the pages go; default: runs/book in the checkout.")] = None,
+    show: Annotated[bool, typer.Option("--open", help="Open the first page in a browser.")] = False,
+) -> None:
+    """Make the lectures, glossary, bibliography and reference into pages that need no network."""
+    from cs336_alignment.book import build_book
+
+    typer.echo(f"The book: {build_book(out=out, show=show)}")
+
+
+@app.command()
 def train(
     stage: Annotated[Stage, typer.Argument(help="What to train.")],
     data: Annotated[Path, typer.Option(metavar="FILE", help="The file of demonstrations or preference pairs.")],
@@ -226,6 +237,39 @@ def lectures(
         return
     if runs.run_lectures(paths, fast, jobs):
         raise typer.Exit(1)
+
+
+@app.command()
+def check(
+    assignment: Annotated[str, typer.Argument(help="Such as a4_dpo.")],
+    notebook: Annotated[
+        Path | None, typer.Argument(help="Your notebook; default: the one in assignments/.", show_default=False)
+    ] = None,
+) -> None:
+    """Run the visible checks on your notebook."""
+    from cs336_alignment.grading.shell import check_notebook
+
+    if check_notebook(assignment, notebook):
+        raise typer.Exit(1)
+
+
+@app.command()
+def release(
+    out: Annotated[Path | None, typer.Option(help="The zip for students; default: runs/release/....zip")] = None,
+    closed: Annotated[
+        bool, typer.Option("--closed", help="Without the reference: package stripped, lectures as HTML.")
+    ] = False,
+) -> None:
+    """Make the releases in assignments/ from solutions/, and the zip for students."""
+    try:
+        from cs336_alignment.grading.release import student_zip, write_releases
+    except ImportError:
+        raise typer.BadParameter("this is the students' edition: releases are made from the instructors'") from None
+
+    for path in write_releases():
+        typer.echo(f"wrote {shown(path)}")
+    out = out or course_root() / "runs" / "release" / ("students-closed.zip" if closed else "students.zip")
+    typer.echo(f"wrote {shown(out)}: {student_zip(out, closed)} files")
 
 
 @world_app.command("ablate")

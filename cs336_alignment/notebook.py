@@ -39,7 +39,7 @@ def holds(equation: str, left, right, tolerance: float = 1e-6) -> bool:
     tolerance: for the largest difference, relative to the largest finite absolute value, if that is above 1.
     Raises: AssertionError with the largest difference if they do not agree.
     """
-    left, right = (torch.as_tensor(x).detach().double().cpu() for x in (left, right))
+    left, right = (torch.as_tensor(x, dtype=torch.float64, device="cpu").detach() for x in (left, right))
     left, right = torch.broadcast_tensors(left, right)
     difference = torch.where(left == right, 0.0, (left - right).abs())
     finite = torch.cat([left, right]).flatten() if left.dim() else torch.stack([left, right])

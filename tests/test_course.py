@@ -107,9 +107,9 @@ def replace_installer(course, monkeypatch, script, installers=("uv",)):
     """`script` (Python source) runs in place of the installer; venvs are skeletons. Returns the calls."""
     calls = []
 
-    def command(installer, root):
-        calls.append(installer)
-        return [sys.executable, "-c", script, installer]
+    def command(installer, root, extra=None):
+        calls.append(f"{installer} {extra}" if extra else installer)
+        return [sys.executable, "-c", script, calls[-1]]
 
     def make(root, env, log_path, lock=None):
         calls.append("venv")
@@ -178,10 +178,41 @@ def test_pip_is_tried_where_uv_fails_and_the_network_is_named_if_either_did(cour
 def test_uv_and_pip_get_the_same_pins_and_a_path_with_a_space_stays_one_argument(course, checkout, monkeypatch):
     monkeypatch.setattr(course, "find_uv", lambda: ["uv"])
     monkeypatch.setattr(course, "has_pip", lambda root: True)
+    book = course.install_command("pip", checkout, "book")
+    assert book[-2:] == ["-e", f"{checkout}[book]"]
     uv, pip = course.install_command("uv", checkout), course.install_command("pip", checkout)
     assert uv[:3] == ["uv", "pip", "install"] and uv[uv.index("--python") + 1] == course.venv_python(checkout)
     assert pip[:4] == [course.venv_python(checkout), "-m", "pip", "install"]
     assert uv[-4:] == pip[-4:] == ["-c", os.path.join(checkout, "constraints.txt"), "-e", checkout]
+
+
+def test_what_only_some_verbs_need_is_installed_when_one_of_them_is_asked_for(course, checkout, monkeypatch):
+    calls = replace_installer(course, monkeypatch, "")
+    course.ensure_environment(checkout)
+    assert calls == ["venv", "uv"]
+    course.ensure_environment(checkout, extra="book")
+    course.ensure_environment(checkout, extra="book")
+    course.ensure_environment(checkout)
+    assert calls == ["venv", "uv", "uv book"] and course.venv_state(checkout) == "ready"
+    (checkout / "constraints.txt").write_text("torch==2.14.0\n")
+    course.ensure_environment(checkout, extra="book")
+    assert calls == ["venv", "uv", "uv book", "uv", "uv book"]
+
+
+def test_where_the_extra_packages_cannot_be_had_the_environment_stays_good(course, checkout, monkeypatch):
+    replace_installer(course, monkeypatch, "import sys; sys.exit('dns error' if 'book' in sys.argv[1] else 0)")
+    course.ensure_environment(checkout)
+    with pytest.raises(course.CourseError, match="looks like the network"):
+        course.ensure_environment(checkout, extra="book")
+    assert course.venv_state(checkout) == "ready" and not course.has_extra(checkout, "book")
+
+
+def test_every_extra_is_named_in_pyproject(course):
+    import tomllib
+
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
+    assert set(course.EXTRAS) <= set(course.VERBS)
+    assert set(course.EXTRAS.values()) <= set(project["optional-dependencies"])
 
 
 def test_a_python_without_ensurepip_installs_with_its_own_pip(course, checkout, monkeypatch):
@@ -347,7 +378,7 @@ def test_ctrl_c_during_an_installation_ends_the_installer_and_leaves_it_to_be_re
         "root = sys.argv[2]\n"
         'code = \'import os, time; open("pid", "w").write(str(os.getpid())); time.sleep(60)\'\n'
         "course.ROOT = root\n"
-        "course.install_command = lambda installer, root: [sys.executable, '-c', code]\n"
+        "course.install_command = lambda installer, root, extra: [sys.executable, '-c', code]\n"
         "course.make_venv = lambda *rest: None\n"
         "course.choose_installers = lambda environ: ['uv']\n"
         "course.main = lambda arguments: course.ensure_environment(root)\n"

@@ -17,7 +17,7 @@ def displayed(monkeypatch):
 
 
 def test_an_equation_that_holds_says_so(capsys):
-    assert holds("9.4", torch.tensor([1.0, 2.0]).double(), [1.0, 2.0 + 1.5e-7]) is True
+    assert holds("9.4", torch.tensor([1.0, 2.0]), [1.0, 2.0 + 1.5e-7]) is True
     assert capsys.readouterr().out.startswith("(9.4) holds; largest difference 1")
     assert holds("limit beta to 0", 3, torch.full((2, 2), 3.0))
     assert capsys.readouterr().out == "limit beta to 0 holds; largest difference 0.0e+00\n"

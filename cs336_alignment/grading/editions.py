@@ -13,7 +13,7 @@ from cs336_alignment.grading.exercise import exercises
 from cs336_alignment.paths import PACKAGE
 
 # What of grading/ a student may have. All else knows the answers.
-PUBLIC = ("__init__.py", "check.py", "compare.py", "probe.py", "student.py", "visible")
+PUBLIC = ("__init__.py", "check.py", "compare.py", "probe.py", "shell.py", "student.py", "visible")
 
 
 def is_public(path: Path) -> bool:

@@ -85,12 +85,13 @@ EXERCISE = Exercise(
             "This is the loss of each pair, -log sigma(h), not its derivative.",
             lambda *x: -torch.nn.functional.logsigmoid(h_of(*x)),
         ),
+        Mistake("The weight is a probability, sigma(-h), not a yes or no.", lambda *x: (h_of(*x) < 0).float()),
+        Mistake(
+            "exp overflows for very negative h, and inf / inf is NaN: use torch.sigmoid.",
+            lambda *x: torch.exp(-h_of(*x)) / (1 + torch.exp(-h_of(*x))),
+        ),
     ),
-    wrong=(
-        lambda *x: (h_of(*x) < 0).float(),
-        lambda *x: torch.exp(-h_of(*x)) / (1 + torch.exp(-h_of(*x))),
-        lambda *x: torch.sigmoid(-h_of(*x)).clamp(0.1, 0.9),
-    ),
+    wrong=(lambda *x: torch.sigmoid(-h_of(*x)).clamp(0.1, 0.9),),
     unusual=(
         from_autograd,
         lambda *x: 1 - torch.sigmoid(h_of(*x)),

@@ -77,12 +77,16 @@ EXERCISE = Exercise(
             "You subtract the batch's mean; the reward of a response does not depend on the others.",
             lambda policy, ref, beta: beta * ((policy - ref) - (policy - ref).mean()),
         ),
+        Mistake(
+            "One reward for each response: do not sum over the batch.",
+            lambda policy, ref, beta: (beta * (policy - ref)).sum(),
+        ),
+        Mistake(
+            "The arguments are logarithms already: the log of the ratio is their difference.",
+            lambda policy, ref, beta: beta * (policy / ref).log(),
+        ),
     ),
-    wrong=(
-        lambda policy, ref, beta: beta * (policy - ref.detach()),
-        lambda policy, ref, beta: beta * (policy / ref).log(),
-        lambda policy, ref, beta: (beta * (policy - ref)).sum(),
-    ),
+    wrong=(lambda policy, ref, beta: beta * (policy - ref.detach()),),
     unusual=(
         lambda policy, ref, beta: beta * policy - beta * ref,
         lambda policy, ref, beta: torch.stack([beta * (p - q) for p, q in zip(policy, ref)]),

@@ -137,10 +137,16 @@ EXERCISE = Exercise(
             "exp overflows: exp(r / beta) is infinite for large rewards. Stay in logarithms: torch.logsumexp.",
             lambda ref, r, beta: (ref.exp() * (r / beta).exp()).sum(-1).log(),
         ),
+        Mistake(
+            "The last dimension is kept with size 1: leave keepdim out.",
+            lambda ref, r, beta: (ref + r / beta).logsumexp(-1, keepdim=True),
+        ),
+        Mistake(
+            "This is the maximum over the responses; Z is a sum of exponentials.",
+            lambda ref, r, beta: (ref + r / beta).max(-1).values,
+        ),
     ),
     wrong=(
-        lambda ref, r, beta: (ref + r / beta).logsumexp(-1, keepdim=True),
-        lambda ref, r, beta: (ref + r / beta).max(-1).values,
         lambda ref, r, beta: ((ref + r / beta).logsumexp(-1)).detach(),
         lambda ref, r, beta: (ref.clamp(min=-20) + (r / beta).clamp(max=30)).logsumexp(-1),
     ),

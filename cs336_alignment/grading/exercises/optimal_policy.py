@@ -123,9 +123,12 @@ EXERCISE = Exercise(
             "ref_log_probs are logarithms already: you take their exponential as an exponent once more.",
             lambda ref, r, beta: (ref.exp() + r / beta).log_softmax(-1),
         ),
+        Mistake(
+            "You normalise over all prompts together; each prompt has probabilities of its own that sum to one.",
+            lambda ref, r, beta: (ref + r / beta).flatten().log_softmax(0).reshape(r.shape),
+        ),
     ),
     wrong=(
-        lambda ref, r, beta: (ref + r / beta).flatten().log_softmax(0).reshape(r.shape),
         lambda ref, r, beta: (ref + r / beta).log_softmax(-1).detach(),
         lambda ref, r, beta: (ref + r / beta).log_softmax(-1).clamp(min=-20),
         lambda ref, r, beta: (ref.clamp(min=math.log(1e-4)) + r / beta).log_softmax(-1),

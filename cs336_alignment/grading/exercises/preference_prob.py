@@ -97,12 +97,16 @@ EXERCISE = Exercise(
             "The sign of the reference is wrong: its log-probabilities are subtracted.",
             lambda pc, pr, rc, rr, beta: torch.sigmoid(beta * ((pc + rc) - (pr + rr))),
         ),
+        Mistake(
+            "One probability for each pair: no mean over the batch.",
+            lambda pc, pr, rc, rr, beta: torch.sigmoid(beta * ((pc - rc) - (pr - rr))).mean(),
+        ),
+        Mistake(
+            "This says who wins, not with which probability: leave the rounding out.",
+            lambda pc, pr, rc, rr, beta: torch.sigmoid(beta * ((pc - rc) - (pr - rr))).round(),
+        ),
     ),
-    wrong=(
-        lambda pc, pr, rc, rr, beta: torch.sigmoid(beta * ((pc - rc) - (pr - rr))).mean(),
-        lambda pc, pr, rc, rr, beta: torch.sigmoid(beta * ((pc - rc) - (pr - rr))).round(),
-        lambda pc, pr, rc, rr, beta: torch.sigmoid((beta * ((pc - rc) - (pr - rr))).clamp(-2, 2)),
-    ),
+    wrong=(lambda pc, pr, rc, rr, beta: torch.sigmoid((beta * ((pc - rc) - (pr - rr))).clamp(-2, 2)),),
     unusual=(
         two_rewards,
         lambda pc, pr, rc, rr, beta: torch.stack([beta * (pc - rc), beta * (pr - rr)], -1).softmax(-1)[..., 0],

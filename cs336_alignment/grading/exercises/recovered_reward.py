@@ -79,12 +79,20 @@ EXERCISE = Exercise(
         Mistake(
             "The sign of the log-ratio is wrong.", lambda p, ref, z, beta: beta * (ref - p) + beta * z.unsqueeze(-1)
         ),
+        Mistake(
+            "Each prompt has its own log Z; you use their mean.",
+            lambda p, ref, z, beta: beta * (p - ref) + beta * z.mean(),
+        ),
+        Mistake(
+            "pi_ref is missing: the log-ratio is log pi - log pi_ref.",
+            lambda p, ref, z, beta: beta * p + beta * z.unsqueeze(-1),
+        ),
+        Mistake(
+            "log_z is a logarithm already: do not take its exponential.",
+            lambda p, ref, z, beta: beta * (p - ref) + beta * z.exp().unsqueeze(-1),
+        ),
     ),
-    wrong=(
-        lambda p, ref, z, beta: beta * (p - ref) + beta * z.mean(),
-        lambda p, ref, z, beta: beta * (p - ref) + beta * z.exp().unsqueeze(-1),
-        lambda p, ref, z, beta: beta * p + beta * z.unsqueeze(-1),
-    ),
+    wrong=(),
     unusual=(
         lambda p, ref, z, beta: beta * (p - ref + z[..., None]),
         lambda p, ref, z, beta: beta * p - beta * ref + beta * z.reshape(*z.shape, 1).expand_as(p),

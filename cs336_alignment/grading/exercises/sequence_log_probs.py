@@ -180,6 +180,10 @@ EXERCISE = Exercise(
             "The mask is inverted: these are the prompt's and the padding's tokens.",
             lambda m, b: (token_terms(m, b) * ~b["response_mask"]).sum(1),
         ),
+        Mistake(
+            "The summed dimension is kept with size 1: leave keepdim out.",
+            lambda m, b: torch.where(b["response_mask"], token_terms(m, b), 0.0).sum(1, keepdim=True),
+        ),
     ),
     wrong=(
         lambda m, b: (token_terms(m, b) * b["response_mask"]).sum(1),
@@ -187,7 +191,6 @@ EXERCISE = Exercise(
         lambda m, b: (
             m(b["input_ids"]).log_softmax(-1).gather(-1, b["labels"][..., None])[..., 0] * b["response_mask"]
         ).sum(1),
-        lambda m, b: torch.where(b["response_mask"], token_terms(m, b), 0.0).sum(1, keepdim=True),
     ),
     unusual=(where_then_sum, row_by_row, with_cross_entropy),
     stripped=("tokens.sequence_log_probs", "tokens.masked_token_log_probs"),
