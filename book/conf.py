@@ -31,7 +31,7 @@ add_module_names = False
 
 # Formulas.
 mathjax_path = book.MATHJAX
-mathjax3_config = {"svg": {"fontCache": "local", "scale": 0.95}, "options": {"enableMenu": False}}
+mathjax3_config = {"svg": {"fontCache": "local"}, "options": {"enableMenu": False}}
 
 # Pages.
 html_theme = "sphinx_book_theme"

@@ -40,7 +40,7 @@ class CornerProblem:
         return cls(corner, beta, ref_log_probs, corner.rewards.to(ref_log_probs.device))
 
     def value(self, log_probs: Tensor) -> Tensor:
-        """J, averaged over the prompts."""
+        """J, averaged over the prompts (equation 9.1)."""
         return objective(log_probs, self.ref_log_probs, self.rewards, self.beta).mean()
 
     @property
@@ -49,7 +49,7 @@ class CornerProblem:
         return optimal_policy(self.ref_log_probs, self.rewards, self.beta)
 
     def gap(self, log_probs: Tensor) -> float:
-        """(J* - J) / (J* - J_ref): the share of the possible improvement that is missing."""
+        """(J* - J) / (J* - J_ref): the share of the possible improvement that is missing (equations 9.5 and 9.6)."""
         best, start = self.value(self.optimum), self.value(self.ref_log_probs)
         return ((best - self.value(log_probs)) / (best - start)).item()
 
@@ -279,7 +279,7 @@ def dpo(
     progress: bool = True,
     loss_fn: Callable = dpo_loss,
 ):
-    """Full-batch DPO on the pairs. With one-bit labels of temperature T, pi* is the optimum for beta / T.
+    """Full-batch DPO on the pairs. With one-bit labels of temperature T, pi* is the optimum for beta / T (12.13).
 
     loss_fn: as in `dpo.train_dpo`.
     """

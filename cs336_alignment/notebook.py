@@ -69,6 +69,8 @@ def show(figure: Figure, alt: str) -> None:
     if not alt.strip():
         raise ValueError("a figure needs alternative text: say what one sees in it")
     file = io.BytesIO()
+    for legend in filter(None, (axes.get_legend() for axes in figure.axes)):
+        legend.set_frame_on(False)  # the style is in force while a figure is made and saved, not between
     with rc_context(STYLE):
         figure.savefig(file, format="png", metadata={"Software": None})
     data = {"image/png": file.getvalue(), "text/plain": alt}
@@ -83,8 +85,12 @@ def table(rows: list[dict], digits: int = 3) -> None:
     def text(value) -> str:
         if isinstance(value, Tensor):
             value = value.item()
-        return f"{value:.{digits}f}" if isinstance(value, float) else str(value).replace("|", "\\|")
+        if isinstance(value, float):
+            return f"{round(value, digits) + 0.0:.{digits}f}"  # + 0.0: no minus before a zero
+        value = str(value).replace("|", "\\|")
+        return value if "`" in value else value.replace("<", "&lt;")  # or "<end>" would be a tag, and vanish
 
-    lines = ["| " + " | ".join(columns) + " |", "|---" * len(columns) + "|"]
+    lines = ["| " + " | ".join(map(text, columns)) + " |", "|---" * len(columns) + "|"]
     lines += ["| " + " | ".join(text(row[column]) for column in columns) + " |" for row in rows]
-    display({"text/markdown": "\n".join(lines), "text/plain": "\n".join(lines)}, raw=True)
+    markdown = "\n".join(lines)
+    display({"text/markdown": markdown, "text/plain": markdown.replace("&lt;", "<")}, raw=True)

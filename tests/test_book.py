@@ -140,8 +140,8 @@ def test_a_broken_link_between_notebooks_is_an_error_and_the_old_book_stays(monk
 
 
 def test_pictures_without_words_and_doubled_numbers_are_named(tmp_path):
-    equation = new_markdown_cell("\\tag{10.1} and \\tag{9.1}")
-    notebook = new_notebook(cells=[equation, equation, new_code_cell("", outputs=[picture(" ")])])
+    equations = [new_markdown_cell(source) for source in ("\\tag{10.1} and \\tag{9.1}", "\\tag{10.1}")]
+    notebook = new_notebook(cells=[*equations, new_code_cell("", outputs=[picture(" ")])])
     facts = {"alt": {}, "equations": {"9.1": "lectures/09_objective"}, "lectures": {}}
     problems = book.read_facts(notebook, Path("lectures/10_next.ipynb"), facts)
     assert problems == ["cell 2: a second equation (10.1)", "cell 3: a picture without alternative text"]

@@ -77,3 +77,14 @@ def test_a_figure_has_the_courses_background_wherever_it_is_drawn():
 def test_a_table_rounds_numbers_and_keeps_pipes(displayed):
     table([{"name": "a|b", "gap": torch.tensor(0.12345), "n": 3}], digits=2)
     assert displayed[0][0]["text/markdown"] == "| name | gap | n |\n|---|---|---|\n| a\\|b | 0.12 | 3 |"
+
+
+def test_a_tables_head_keeps_pipes_and_a_zero_has_no_minus(displayed):
+    table([{"KL(p || q)": -1e-17}], digits=3)
+    assert displayed[0][0]["text/markdown"] == "| KL(p \\|\\| q) |\n|---|\n| 0.000 |"
+
+
+def test_a_table_shows_the_towns_tokens(displayed):
+    table([{"answer": "red <end>", "quoted": "`<user>`"}])
+    assert displayed[0][0]["text/markdown"].endswith("| red &lt;end> | `<user>` |")
+    assert displayed[0][0]["text/plain"].endswith("| red <end> | `<user>` |")

@@ -26,15 +26,53 @@ ENCODED = ("value", "gradients", "after")  # what of a result is values; the res
 class ToyModel(torch.nn.Module):
     """A causal language model small enough to be an input of a test: logits at t depend on the tokens up to t."""
 
-    def __init__(self, weight: Tensor):
-        """weight: (V, V). Logits are the mean of the rows of the tokens so far, twice the last token's included."""
+    def __init__(self, weight: Tensor, most_rows: int | None = None):
+        """weight: (V, V). Logits are the mean of the rows of the tokens so far, twice the last token's included.
+
+        most_rows: how many sequences fit into its memory at once; it raises RuntimeError for more.
+        """
         super().__init__()
-        self.weight = torch.nn.Parameter(weight)
+        self.weight, self.most_rows = torch.nn.Parameter(weight), most_rows
 
     def forward(self, input_ids: Tensor) -> Tensor:
+        if self.most_rows is not None and len(input_ids) > self.most_rows:
+            raise RuntimeError(f"out of memory: {len(input_ids)} rows at once, where {self.most_rows} fit")
         rows = self.weight[input_ids]
         count = torch.arange(1, input_ids.shape[1] + 1, device=rows.device, dtype=rows.dtype)[:, None]
         return rows + rows.cumsum(dim=1) / count
+
+
+@dataclass(frozen=True)
+class ToyTokenizer:
+    """A tokenizer with the interface of Hugging Face's, small enough to be an input of a test.
+
+    A word is a token. Where the vocabulary holds two words as one entry ("ice cream"), the two in a row are one token,
+    as letters are in real vocabularies. The first entry stands for unknown words; `<s>` is added in front by default.
+    """
+
+    vocabulary: tuple[str, ...]
+    pad_token: str | None = "<pad>"
+    eos_token: str = "<end>"
+
+    @property
+    def pad_token_id(self) -> int | None:
+        return None if self.pad_token is None else self.vocabulary.index(self.pad_token)
+
+    @property
+    def eos_token_id(self) -> int:
+        return self.vocabulary.index(self.eos_token)
+
+    def encode(self, text: str, add_special_tokens: bool = True) -> list[int]:
+        words, ids = ["<s>"] * add_special_tokens + text.split(), []
+        while words:
+            size = 2 if " ".join(words[:2]) in self.vocabulary[1:] else 1
+            token = " ".join(words[:size])
+            ids.append(self.vocabulary.index(token) if token in self.vocabulary else 0)
+            words = words[size:]
+        return ids
+
+    def decode(self, ids) -> str:
+        return " ".join(self.vocabulary[int(i)] for i in ids)
 
 
 @dataclass(frozen=True)
@@ -56,9 +94,12 @@ class SGD:
 
 
 def encode(value):
-    """A value as JSON: tensors, numbers, text, None, lists, dicts, and toy models."""
+    """A value as JSON: tensors, numbers, text, None, lists, dicts, toy models and toy tokenizers."""
     if isinstance(value, ToyModel):
-        return {"model": encode(value.weight.detach())}
+        limit = {} if value.most_rows is None else {"most_rows": value.most_rows}
+        return {"model": encode(value.weight.detach())} | limit
+    if isinstance(value, ToyTokenizer):
+        return {"tokenizer": list(value.vocabulary), "pad": value.pad_token, "eos": value.eos_token}
     if isinstance(value, SGD):
         return {"sgd": value.lr, "of": value.of}
     if isinstance(value, Tensor):
@@ -85,7 +126,9 @@ def decode(data):
     if isinstance(data, bool | int | str | None):
         return data
     if "model" in data:
-        return ToyModel(decode(data["model"]))
+        return ToyModel(decode(data["model"]), data.get("most_rows"))
+    if "tokenizer" in data:
+        return ToyTokenizer(tuple(map(str, data["tokenizer"])), data["pad"], str(data["eos"]))
     if "sgd" in data:
         return SGD(float(data["sgd"]), int(data["of"]))
     if "tensor" in data:

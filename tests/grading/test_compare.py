@@ -1,0 +1,89 @@
+"""What counts as different, and what a student is told about it."""
+
+import math
+import re
+
+import pytest
+import torch
+
+from cs336_alignment.grading.compare import difference
+from cs336_alignment.grading.probe import Other
+
+NAMES = ("x", "y")
+
+
+def told(value, wanted, **kwargs):
+    found = difference({"value": value}, {"value": wanted}, 1e-4, 1e-5, NAMES, **kwargs)
+    return found and found.text
+
+
+@pytest.mark.parametrize(
+    "value, wanted",
+    [
+        (torch.tensor(1.0), torch.tensor(1.0)),
+        (1.0, torch.tensor(1.00001)),  # a number is a tensor without dimensions
+        (torch.tensor([1.0, -math.inf]), torch.tensor([1.0, -math.inf], dtype=torch.float64)),
+        (torch.tensor([1.0], dtype=torch.float64), torch.tensor([1.0])),  # float types are not compared
+        ({"a": 1.0, "more": "no harm"}, {"a": torch.tensor(1.0)}),
+        ([1, 2], [1, 2]),
+        (torch.tensor(True), True),
+        (None, None),
+        ("<user> hi", "<user> hi"),
+    ],
+)
+def test_equal_enough(value, wanted):
+    assert told(value, wanted) is None
+
+
+@pytest.mark.parametrize(
+    "value, wanted, text",
+    [
+        (torch.tensor(2.0), torch.tensor(1.0), "the result is 2; it should be 1"),
+        (torch.tensor([1.0, 3.0]), torch.tensor([1.0, 2.0]), r"at \[1\] is 3; it should be 2 \(1 of 2 values differ\)"),
+        (torch.tensor([1.0]), torch.tensor(1.0), r"shape \(1,\); it should have \(\)"),
+        (torch.tensor(math.nan), torch.tensor(1.0), "is nan; it should be 1"),
+        (torch.tensor(math.inf), torch.tensor(1.0), "is inf"),
+        (torch.tensor(1.0), torch.tensor(-math.inf), "it should be -inf"),
+        (torch.tensor([1, 0]), torch.tensor([True, False]), "type int64; it should be bool"),
+        (None, torch.tensor(1.0), "is None; it should be a tensor"),
+        (Other("generator"), torch.tensor(1.0), "of type generator"),
+        (1.0, {"loss": torch.tensor(1.0)}, "should be a dictionary with 'loss'"),
+        ({"lost": 1.0}, {"loss": 1.0}, "has no 'loss'"),
+        ({"loss": 2.0}, {"loss": 1.0}, r"the result\['loss'\] is 2"),
+        ([1.0], [1.0, 2.0], "a list of 1; it should be 2 values"),
+        (True, torch.tensor(1.0), "is True; it should be a tensor"),
+        ("a", "b", "it should be 'b'"),
+    ],
+)
+def test_different_and_how(value, wanted, text):
+    assert re.search(text, told(value, wanted))
+
+
+def test_errors_on_both_sides():
+    wanted = {"error": "ValueError"}
+    assert difference({"error": "ValueError", "message": "any"}, wanted, 0, 0, NAMES) is None
+    assert "returned a value; it should raise ValueError" in difference({"value": 1}, wanted, 0, 0, NAMES).text
+    raised = {"error": "IndexError", "message": "out of range", "line": "    x[5]"}
+    assert difference(raised, {"value": 1}, 0, 0, NAMES).text == "raised IndexError: out of range, at `x[5]`"
+
+
+def test_gradients_are_named_by_their_argument():
+    one = torch.ones(2)
+    wanted = {"value": one, "gradients": [one, 2 * one]}
+    assert difference({"value": one, "gradients": [one, 2 * one]}, wanted, 1e-4, 1e-5, NAMES, (0, 1)) is None
+    missing = difference({"value": one, "gradients": [one, None]}, wanted, 1e-4, 1e-5, NAMES, (0, 1))
+    assert "the gradient by `y` is missing" in missing.text
+    wrong = difference({"value": one, "gradients": [-one, 2 * one]}, wanted, 1e-4, 1e-5, NAMES, (0, 1))
+    assert "the gradient by `x` at [0] is -1; it should be 1" in wrong.text
+
+
+def test_changing_an_argument_in_place_is_told():
+    found = difference({"value": 1.0, "changed": [1]}, {"value": 1.0}, 0, 0, NAMES)
+    assert "changes its argument `y` in place" in found.text
+
+
+def test_of_a_hidden_case_no_expected_number_is_told():
+    found = difference({"value": 2.0}, {"value": 1.25}, 0, 0, NAMES)
+    assert "1.25" in found.text and "1.25" not in found.without_numbers
+    shape = difference({"value": torch.ones(3)}, {"value": torch.ones(())}, 0, 0, NAMES)
+    assert shape.without_numbers == shape.text  # a shape gives nothing away
