@@ -24,3 +24,4 @@ c.Autograde.autograde_preprocessors = [
 ]
 c.OverwriteCells.add_missing_cells = True  # a cell that a student deleted comes back, and is graded
 c.Execute.timeout = 120  # seconds a cell
+c.Execute.extra_arguments = ["--log-level=ERROR", "--HistoryManager.hist_file=:memory:"]

@@ -161,8 +161,11 @@ def corner_ppo_config(seed: int = 0, beta: float = 0.2) -> PPOConfig:
     )
 
 
-def ppo(model, problem: CornerProblem, config: PPOConfig, progress: bool = True):
-    """The package's own PPO on the corner; returns the trained policy and the log, with `gap` and `cpu_seconds`."""
+def ppo(model, problem: CornerProblem, config: PPOConfig, progress: bool = True, **functions: Callable):
+    """The package's own PPO on the corner; returns the trained policy and the log, with `gap` and `cpu_seconds`.
+
+    functions: rewards_fn, advantages_fn, policy_loss_fn and value_loss_fn, as in `ppo.train_ppo`.
+    """
     corner, started = problem.corner, time.process_time()
     policy = PrefixTree(copy.deepcopy(model).requires_grad_(True), corner)
 
@@ -181,6 +184,7 @@ def ppo(model, problem: CornerProblem, config: PPOConfig, progress: bool = True)
     log = train_ppo(
         policy, corner.world.tokenizer, prompts, corner.reward, config,
         value_model=value_model, evaluate_fn=evaluate, progress=progress, name="corner, PPO",
+        **functions,
     )  # fmt: skip
     return policy.model, log
 

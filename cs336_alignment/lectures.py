@@ -125,8 +125,9 @@ def execute(path: Path, fast: bool) -> float:
     environment = os.environ | {"CS336_FAST": "1" if fast else ""}
     started = time.perf_counter()
     client = NotebookClient(
-        notebook, timeout=CELL_TIMEOUT, kernel_name="python3", resources={"metadata": {"path": str(path.parent)}}
-    )
+        notebook, timeout=CELL_TIMEOUT, kernel_name="python3", resources={"metadata": {"path": str(path.parent)}},
+        extra_arguments=["--log-level=ERROR"],
+    )  # fmt: skip
     client.execute(env=environment)
     seconds = time.perf_counter() - started
     if not fast:

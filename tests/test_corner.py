@@ -5,6 +5,7 @@ and that KL(pi||pi*) = (J* - J) / beta there, is in test_exact.py.
 """
 
 import copy
+import inspect
 from collections import Counter
 from dataclasses import replace
 
@@ -31,6 +32,7 @@ from cs336_alignment.exact import (
 )
 from cs336_alignment.generate import Samples, response_log_probs, sample
 from cs336_alignment.models import Llama, ModelConfig, RestrictedVocabulary, frozen_copy
+from cs336_alignment.ppo import train_ppo
 from cs336_alignment.reward import bradley_terry_prob
 from cs336_alignment.words import CATEGORIES, CORNER_WORDS
 from cs336_alignment.world import SMALL, Corner, World
@@ -265,6 +267,25 @@ def test_ppo_takes_beta_and_the_length_limit_from_the_problem(problem, corner, m
     settings = replace(corner_ppo_config(), steps=1, batch_size=36, beta=0.0, max_new_tokens=1)
     corner_runs.ppo(untrained(corner), problem, settings, progress=False)
     assert [(config.beta, config.max_new_tokens) for config in seen] == [(problem.beta, 3)]
+
+
+def test_ppo_trains_with_the_functions_it_is_given(problem, corner):
+    """Each of the four is called, and a policy loss that is always 0 leaves the policy where it was."""
+    names = ("rewards_fn", "advantages_fn", "policy_loss_fn", "value_loss_fn")
+    called, defaults = [], inspect.signature(train_ppo).parameters
+
+    def noting(name, scale):
+        return lambda *arguments: called.append(name) or _scaled(defaults[name].default(*arguments), scale)
+
+    def _scaled(value, scale):
+        return value if scale is None else value * scale
+
+    settings = replace(corner_ppo_config(), steps=2, batch_size=36, value_warmup=0, epochs=1, eval_every=1)
+    functions = {name: noting(name, 0.0 if name == "policy_loss_fn" else None) for name in names}
+    model = untrained(corner)
+    policy, _ = corner_runs.ppo(model, problem, settings, progress=False, **functions)
+    assert called == list(names[:2] + names[:1:-1]) * 2  # the value model learns first
+    assert torch.equal(weights_of(policy), weights_of(model))
 
 
 # ------------------------------------------------------------------------------------------------ comparisons

@@ -38,6 +38,8 @@ def difference(
     if "error" in result:
         line = f", at `{result['line'].strip():.100}`" if result.get("line") else ""
         return Difference(f"raised {result['error']}: {result.get('message') or 'no message'}{line}")
+    if "value" not in result:
+        return Difference("gave no answer")
     different = value_difference(result["value"], expected["value"], rtol, atol, "the result")
     if different:
         return different
@@ -70,9 +72,9 @@ def value_difference(got, wanted, rtol: float, atol: float, what: str) -> Differ
             return Difference(f"{what} has no {', '.join(map(repr, missing))}")
         parts = (value_difference(got[key], x, rtol, atol, f"{what}[{key!r}]") for key, x in wanted.items())
         return next(filter(None, parts), None)
-    if isinstance(wanted, list):
-        if not isinstance(got, list) or len(got) != len(wanted):
-            size = f" of {len(got)}" if isinstance(got, list) else ""
+    if isinstance(wanted, list | tuple):
+        if not isinstance(got, list | tuple) or len(got) != len(wanted):
+            size = f" of {len(got)}" if isinstance(got, list | tuple) else ""
             return Difference(f"{what} is {kind(got)}{size}; it should be {len(wanted)} values")
         parts = (value_difference(a, b, rtol, atol, f"{what}[{i}]") for i, (a, b) in enumerate(zip(got, wanted)))
         return next(filter(None, parts), None)
@@ -119,5 +121,12 @@ def kind(value) -> str:
         return f"of type {value.kind}"
     if isinstance(value, Tensor):
         return f"a tensor of shape {tuple(value.shape)}"
-    names = {type(None): "None", bool: str(value), dict: "a dictionary", list: "a list", str: f"the text {value!r:.60}"}
+    names = {
+        type(None): "None",
+        bool: str(value),
+        dict: "a dictionary",
+        list: "a list",
+        tuple: "a tuple",
+        str: f"the text {value!r:.60}",
+    }
     return names.get(type(value), f"{value!r:.60}")

@@ -17,7 +17,8 @@ import torch
 from torch import Tensor
 
 DTYPES = {str(d).removeprefix("torch."): d for d in (torch.float64, torch.float32, torch.float16, torch.bfloat16)}
-DTYPES |= {"int64": torch.int64, "bool": torch.bool}
+DTYPES |= {str(d).removeprefix("torch."): d for d in (torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8)}
+DTYPES |= {"bool": torch.bool}
 
 
 ENCODED = ("value", "gradients", "after")  # what of a result is values; the rest is plain text and numbers
@@ -132,7 +133,7 @@ def decode(data):
     if "sgd" in data:
         return SGD(float(data["sgd"]), int(data["of"]))
     if "tensor" in data:
-        floating = data["tensor"] not in ("int64", "bool")
+        floating = DTYPES[data["tensor"]].is_floating_point
         shape = [int(n) for n in data["shape"]]
         exact = torch.float64 if floating else torch.int64
         raw = base64.b64decode(data["bits"], validate=True)

@@ -50,6 +50,7 @@ def check_notebook(assignment: str, path: Path | None = None) -> int:
         timeout=300,
         allow_errors=True,
         kernel_name="python3",
+        extra_arguments=["--log-level=ERROR"],
         resources={"metadata": {"path": str(path.parent)}},
     )
     client.execute()

@@ -193,7 +193,7 @@ EXERCISE = Exercise(
     ),
     wrong=(
         wrongly(check=lambda i, r: checked(*(x and x.replace("<user>", "") for x in (i, r)))),
-        wrongly(strip=lambda text: text.strip().lower().rstrip(".")),
+        wrongly(whole="{}  {} <end>"),
     ),
     unusual=(with_lists, with_replace, word_by_word),
     stripped=("world.chat_prompt",),
