@@ -532,3 +532,51 @@ def test_clean_without_anyone_to_ask_removes_nothing(course, checkout):
     with pytest.raises(course.CourseError, match="clean --yes"):
         course.clean([], checkout, ask=nobody)
     assert (checkout / ".venv").exists()
+
+
+# ---------------------------------------------------------------------------------- a student's notebooks
+
+
+@pytest.fixture
+def unpacked(course, tmp_path):
+    """A folder as a student's zip leaves it; `release(text)` unpacks another zip over it."""
+
+    def release(text):
+        folder = tmp_path / "assignments" / ".release" / "a4_dpo"
+        folder.mkdir(parents=True, exist_ok=True)
+        (folder / "a4_dpo.ipynb").write_text(text)
+        course.place_assignments(str(tmp_path))
+
+    release.folder = tmp_path / "assignments" / "a4_dpo"
+    release.mine = release.folder / "a4_dpo.ipynb"
+    return release
+
+
+def test_the_first_verb_puts_the_assignments_where_students_work(unpacked, capsys):
+    unpacked("first")
+    assert unpacked.mine.read_text() == "first" and capsys.readouterr().out == ""
+
+
+def test_a_newer_zip_loses_no_edited_notebook(unpacked, capsys):
+    unpacked("first")
+    unpacked.mine.write_text("first, with my answers")
+    unpacked("first")  # the same zip again
+    assert sorted(path.name for path in unpacked.folder.iterdir()) == ["a4_dpo.ipynb"]
+    unpacked("second")
+    unpacked("second")
+    assert unpacked.mine.read_text() == "first, with my answers"
+    (new,) = unpacked.folder.glob("a4_dpo-new-*.ipynb")
+    assert new.read_text() == "second"
+    said = capsys.readouterr().out
+    assert said.count("a4_dpo has changed. Your notebook stays as it is") == 1 and new.name in said
+
+
+def test_a_notebook_that_nobody_touched_follows_the_newer_zip(unpacked):
+    unpacked("first")
+    unpacked("second")
+    assert unpacked.mine.read_text() == "second" and len(list(unpacked.folder.iterdir())) == 1
+
+
+def test_in_a_checkout_without_releases_nothing_is_placed(course, tmp_path):
+    course.place_assignments(str(tmp_path))
+    assert list(tmp_path.iterdir()) == []

@@ -294,7 +294,11 @@ for call in (
 print(dpo.__file__)
 """
     done = subprocess.run(
-        [sys.executable, "-c", code], env=os.environ | {"PYTHONPATH": str(folder)}, capture_output=True, text=True
+        [sys.executable, "-c", code],
+        cwd=tmp_path,  # Python looks there first
+        env=os.environ | {"PYTHONPATH": str(folder)},
+        capture_output=True,
+        text=True,
     )
     assert done.returncode == 0 and done.stdout.startswith(str(folder)), done.stdout + done.stderr
 

@@ -1,6 +1,5 @@
 import torch
 
-from cs336_alignment.exact import objective
 from cs336_alignment.grading.exercise import FLOAT64, Case, Exercise, Mistake
 from cs336_alignment.grading.inputs import distribution, integer, number, uniform
 

@@ -6,7 +6,7 @@ from cs336_alignment.grading.exercise import Case, Exercise, Mistake
 from cs336_alignment.grading.inputs import integer, token_batch
 from cs336_alignment.grading.probe import SGD, ToyModel
 from cs336_alignment.sft import sft_loss
-from cs336_alignment.tokens import masked_token_log_probs
+from cs336_alignment.tokens import masked_token_log_probs, token_log_probs
 
 
 def micro_batches(batch, size):
@@ -190,6 +190,27 @@ def with_prompt(model, batch, micro_batch_size, optimizer):
     return sft_train_step(model, batch | {"response_mask": real}, micro_batch_size, optimizer)
 
 
+def unselected(keep_labels):
+    """Every position goes through the softmax, and the mask comes after it."""
+
+    def function(model, batch, micro_batch_size, optimizer):
+        mask = batch["response_mask"]
+        if not mask.any():
+            raise ValueError("empty")
+        optimizer.zero_grad()
+        total = 0.0
+        for micro in micro_batches(batch, micro_batch_size):
+            labels = micro["labels"] if keep_labels else micro["labels"].clamp(min=0)
+            log_probs = token_log_probs(model(micro["input_ids"]), labels)
+            loss = share(micro, batch, None) * sft_loss(log_probs, micro["response_mask"])
+            loss.backward()
+            total += loss.item()
+        optimizer.step()
+        return {"loss": total, "tokens": mask.sum().item()}
+
+    return function
+
+
 def whole_softmax(model, batch, micro_batch_size, optimizer):
     """Masks by multiplying."""
     mask = batch["response_mask"]
@@ -207,6 +228,10 @@ def whole_softmax(model, batch, micro_batch_size, optimizer):
     return {"loss": total, "tokens": mask.sum().item()}
 
 
+SELECT = (
+    "The mask comes too late: outside it labels may be -100 and logits NaN, and NaN comes back in the gradient. Select "
+    "logits[mask] and labels[mask] before the softmax."
+)
 EQUAL = (
     "Micro-batches have equal weights; each must weigh its share of the response tokens, N_k / N, or ragged batches "
     "train something else."
@@ -234,9 +259,9 @@ EXERCISE = Exercise(
             after=(0,),
         ),
         Case(
-            "a micro-batch without response tokens",
-            "it adds nothing: its share is 0",
-            lambda g: [an_empty_part(g), an_empty_part(g, 4, 1)],
+            "an empty micro-batch, and garbage behind the mask",
+            "a micro-batch without response tokens adds nothing; outside the mask labels may be -100 and logits NaN",
+            lambda g: [an_empty_part(g), garbage(g), an_empty_part(g, 4, 1)],
             1,
             visible=True,
             after=(0,),
@@ -343,6 +368,9 @@ EXERCISE = Exercise(
             equation="2.12",
             function=wrongly(loss_fn=sequence_mean, weight=by_rows),
         ),
+        Mistake(SELECT, unselected(True), "2.3"),
+        Mistake(SELECT, unselected(False), "2.3"),
+        Mistake(SELECT, whole_softmax, "2.3"),
         Mistake("Prompt tokens are in the loss: use response_mask.", with_prompt, "2.4"),
         Mistake(
             "A micro-batch without response tokens gives 0 / 0, and NaN times its share of 0 is NaN: leave it out, or "
@@ -355,7 +383,6 @@ EXERCISE = Exercise(
         ),
     ),
     wrong=(
-        whole_softmax,
         lambda model, batch, size, optimizer: sft_train_step(
             model, batch | {"labels": batch["labels"].clamp(min=0).roll(-1, 1)}, size, optimizer
         ),
