@@ -19,9 +19,19 @@ c.Autograde.autograde_preprocessors = [
     "nbconvert.preprocessors.ClearMetadataPreprocessor",
     "nbgrader.preprocessors.LimitOutput",
     "nbgrader.preprocessors.SaveAutoGrades",
-    "nbgrader.preprocessors.AssignLatePenalties",
+    "cs336_alignment.grading.late.LateDays",
     "nbgrader.preprocessors.CheckCellMetadata",
+]
+c.GenerateFeedback.preprocessors = [
+    "cs336_alignment.grading.late.LateDays",  # again: points given by hand count too
+    "nbgrader.preprocessors.GetGrades",
+    "nbconvert.preprocessors.CSSHTMLHeaderPreprocessor",
 ]
 c.OverwriteCells.add_missing_cells = True  # a cell that a student deleted comes back, and is graded
 c.Execute.timeout = 120  # seconds a cell
 c.Execute.extra_arguments = ["--log-level=ERROR", "--HistoryManager.hist_file=:memory:"]
+
+# Late days: as it stands, being late costs nothing. See cs336_alignment/grading/late.py.
+# c.LateDays.free_days = 5  # for each student over the whole course
+# c.LateDays.percent_per_day = 10  # of the score, for each started day after them
+# c.LateDays.grace_minutes = 15

@@ -105,14 +105,22 @@ def tensor_difference(got, wanted, rtol: float, atol: float, what: str) -> Diffe
     if close.all():
         return None
     worst = torch.where(close, -1.0, (got - wanted).abs().nan_to_num(torch.inf)).flatten().argmax().item()
-    where = torch.unravel_index(torch.tensor(worst), wanted.shape) if wanted.dim() else ()
-    place = f" at [{', '.join(str(int(i)) for i in where)}]" if wanted.dim() else ""
+    place = f" at [{', '.join(map(str, coordinates(worst, wanted.shape)))}]" if wanted.dim() else ""
     wrong = int((~close).sum())
     many = f" ({wrong} of {wanted.numel()} values differ)" if wanted.numel() > 1 else ""
     return Difference(
         f"{what}{place} is {got.flatten()[worst]:.6g}; it should be {wanted.flatten()[worst]:.6g}{many}",
         f"{what} is not the expected one",
     )
+
+
+def coordinates(index: int, shape: tuple[int, ...]) -> list[int]:
+    """Where an index into the flat values lies (`torch.unravel_index` imports sympy first, which takes seconds)."""
+    place = []
+    for size in reversed(shape):
+        index, last = divmod(index, size)
+        place.insert(0, last)
+    return place
 
 
 def kind(value) -> str:

@@ -24,10 +24,16 @@ def nothing(rows: int, longest: int) -> Tensor:
     return torch.zeros(rows, longest, dtype=torch.bool)
 
 
-def spoiled(x: Tensor, mask: Tensor) -> Tensor:
-    """x with NaN, inf and -inf behind the mask."""
-    garbage = torch.tensor([math.nan, math.inf, -math.inf], dtype=x.dtype)
-    return torch.where(mask, x, garbage[torch.arange(x.numel()) % 3].reshape(x.shape))
+def spoiled(mask: Tensor, *tensors: Tensor) -> list[Tensor]:
+    """The tensors with NaN, inf and -inf behind the mask, and with numbers between them: what is garbage in one tensor
+    need not be so in another."""
+    garbage = torch.tensor([math.nan, math.inf, -math.inf, 0.0, 0.0])
+    place = (~mask).flatten().cumsum(0).reshape(mask.shape) + 2  # the first one is a number in the first two tensors
+    out = []
+    for i, x in enumerate(tensors):
+        kind = (place + i) % 5
+        out.append(torch.where(mask | (kind > 2), x, garbage[kind].to(x.dtype)))
+    return out
 
 
 def left(mask: Tensor) -> Tensor:

@@ -17,7 +17,7 @@ def problem(g, rows, longest, gamma=None, lam=None, dtype=torch.float32, empty=F
 
 def garbage(g, *size, **kwargs):
     rewards, values, mask, gamma, lam = problem(g, *size, empty=True, **kwargs)
-    return spoiled(rewards, mask), spoiled(values, mask), mask, gamma, lam
+    return *spoiled(mask, rewards, values), mask, gamma, lam
 
 
 def real_values(g, *size, **kwargs):

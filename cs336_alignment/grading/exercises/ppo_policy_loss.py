@@ -34,9 +34,15 @@ def four_quadrants(g, clip_eps=0.2, dtype=torch.float32):
     return old + d, old, signs * uniform(g, 0.5, 2, 4, 8, dtype=dtype), mask, clip_eps
 
 
+def precise(g):
+    """Log-probabilities around -1000, whose differences are all that counts: float32 would keep four digits of them."""
+    log_probs, old, *rest = problem(g, 5, 6, dtype=torch.float64)
+    return log_probs - 1000, old - 1000, *rest
+
+
 def garbage(g, *size, **kwargs):
     log_probs, old, advantages, mask, clip_eps = problem(g, *size, **kwargs)
-    return *(spoiled(x, mask) for x in (log_probs, old, advantages)), mask, clip_eps
+    return *spoiled(mask, log_probs, old, advantages), mask, clip_eps
 
 
 def run_away(g, rows, longest):
@@ -202,13 +208,13 @@ EXERCISE = Exercise(
         Case(
             "half precision, and a negative clip",
             "float16 is converted to float32 before anything is computed; clip_eps < 0 raises ValueError",
-            lambda g: [problem(g, 5, 8, dtype=torch.float16) for _ in range(2)] + [problem(g, 3, 3, -0.1)],
+            lambda g: [problem(g, 3, 4, dtype=torch.float16) for _ in range(8)] + [problem(g, 3, 3, -0.1)],
             1,
         ),
         Case(
             "double precision",
             "float64 stays float64",
-            lambda g: [four_quadrants(g, dtype=torch.float64), problem(g, 4, 5, dtype=torch.float64)],
+            lambda g: [four_quadrants(g, dtype=torch.float64), precise(g), precise(g)],
             1,
             tolerance=FLOAT64,
         ),
@@ -285,6 +291,7 @@ EXERCISE = Exercise(
     ),
     wrong=(
         wrongly(convert=lambda x: x),
+        wrongly(convert=torch.Tensor.float),
         wrongly(check=lambda eps: None),
         lambda lp, old, a, m, eps: wrongly()(lp.detach(), old, a, m, eps),
         wrongly(ratio=lambda d: d.clamp(-0.5, 0.5).exp()),

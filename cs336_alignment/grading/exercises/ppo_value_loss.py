@@ -14,9 +14,15 @@ def problem(g, rows, longest, *clip_eps, dtype=torch.float32, mask=None, empty=F
     return moved, old, old + uniform(g, -2, 2, *mask.shape, dtype=dtype), mask, *clip_eps
 
 
+def far_from_zero(g):
+    """Values around 1000 with errors around 1, of which float32 would keep four digits."""
+    values, old, returns, mask = problem(g, 4, 6, dtype=torch.float64)
+    return values + 1000, old + 1000, returns + 1000, mask
+
+
 def garbage(g, *size, **kwargs):
     values, old, returns, mask, *clip_eps = problem(g, *size, **kwargs)
-    return *(spoiled(x, mask) for x in (values, old, returns)), mask, *clip_eps
+    return *spoiled(mask, values, old, returns), mask, *clip_eps
 
 
 def checked(clip_eps):
@@ -157,7 +163,7 @@ EXERCISE = Exercise(
             "float64 stays float64; clip_eps < 0 raises ValueError",
             lambda g: [
                 problem(g, 4, 6, 0.2, dtype=torch.float64),
-                problem(g, 4, 6, dtype=torch.float64),
+                *(far_from_zero(g) for _ in range(3)),
                 problem(g, 3, 3, -0.2),
             ],
             0.5,
@@ -217,6 +223,7 @@ EXERCISE = Exercise(
     ),
     wrong=(
         wrongly(check=lambda eps: None),
+        lambda v, old, r, m, eps=None: wrongly()(v.float(), old.float(), r.float(), m, eps),
         lambda v, old, r, m, eps=None: wrongly()(v.detach(), old, r, m, eps),
         lambda v, old, r, m, eps=None: wrongly()(v, old, r, m, eps or None),
         wrongly(clipped=lambda v, old, r, eps: old + (v - old).clamp(max=eps)),

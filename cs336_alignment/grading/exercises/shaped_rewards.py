@@ -25,7 +25,7 @@ def garbage(g, rows, longest, **kwargs):
     """With a row without tokens, whose score is NaN."""
     scores, log_probs, ref, mask, beta = problem(g, rows, longest, empty=True, **kwargs)
     scores = torch.where(mask.any(1), scores, torch.nan)
-    return scores, spoiled(log_probs, mask), spoiled(ref, mask), mask, beta
+    return scores, *spoiled(mask, log_probs, ref), mask, beta
 
 
 def row_by_row(scores, log_probs, ref, mask, beta):

@@ -15,20 +15,20 @@ def problem(g, rows, longest, *shift, spread=2.0, dtype=torch.float32, empty=Fal
 def garbage(g, rows, longest, *shift, change=lambda mask: mask):
     x, mask, *shift = problem(g, rows, longest, *shift, empty=True)
     mask = change(mask)
-    return spoiled(x, mask), mask, *shift
+    return *spoiled(mask, x), mask, *shift
 
 
 def equal(g, rows, longest, *shift):
     """The same number at every response token: a variance of 0."""
     mask = ragged(g, rows, longest)
-    return spoiled(torch.full(mask.shape, integer(g, 1, 5) / 2), mask), mask, *shift
+    return *spoiled(mask, torch.full(mask.shape, integer(g, 1, 5) / 2)), mask, *shift
 
 
 def single(g, *shift):
     """One response token in the whole batch."""
     mask = nothing(2, 3)
     mask[integer(g, 0, 1), 0] = True
-    return spoiled(uniform(g, 0.5, 2, 2, 3), mask), mask, *shift
+    return *spoiled(mask, uniform(g, 0.5, 2, 2, 3)), mask, *shift
 
 
 def by_index(x, mask, shift_mean=True):
