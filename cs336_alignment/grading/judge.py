@@ -71,6 +71,8 @@ def read_answers(outputs: list) -> list | None:
 
 # -------------------------------------------------------------------------------------------------- reports
 
+CELL = "padding: 2px 12px 2px 0; text-align: left; vertical-align: top"  # nbgrader's pages have none of their own
+
 
 def report(result: Score) -> str:
     """The report as a student finds it in the feedback: each case with its points and, where it is wrong, why.
@@ -83,11 +85,13 @@ def report(result: Score) -> str:
         mark = "&#10007;" if verdict.wrong else "&#10003;"
         points = f"{verdict.points:g} / {verdict.case.points:g}"
         name = html.escape(verdict.case.name) + ("" if verdict.case.visible else " (hidden)")
-        rows.append(f"<tr><td>{mark}</td><td>{name}</td><td>{points}</td><td>{why}</td></tr>")
+        rows.append((mark, name, points, why))
     title = f"<p><strong>{result.exercise.name}: {result.points:g} of {result.exercise.points:g} points</strong></p>"
     notes = [f"<p>{html.escape(result.problem)}</p>"] if result.problem else []
     notes += [f"<p>Looks like a known mistake: {html.escape(result.hint)}</p>"] if result.hint else []
-    table = "<table><tr><th></th><th>case</th><th>points</th><th>what was wrong</th></tr>" + "".join(rows) + "</table>"
+    rows.insert(0, tuple(f"<b>{word}</b>" for word in ("", "case", "points", "what was wrong")))
+    cells = ("".join(f'<td style="{CELL}">{text}</td>' for text in row) for row in rows)
+    table = '<table style="margin: 0 0 12px">' + "".join(f"<tr>{row}</tr>" for row in cells) + "</table>"
     return "".join([title, *notes, table])
 
 

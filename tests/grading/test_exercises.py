@@ -6,7 +6,7 @@ import pytest
 
 from cs336_alignment.grading.exercise import exercises
 from cs336_alignment.grading.probe import decode_results, encode_results
-from cs336_alignment.grading.score import case_seeds, explains, find_mistake, score
+from cs336_alignment.grading.score import case_seeds, explains, find_mistake, judge_case, score
 from cs336_alignment.grading.visible import VISIBLE_SEED
 
 GRADED = [exercise for exercise in exercises() if not exercise.optional]
@@ -18,12 +18,12 @@ each_graded = pytest.mark.parametrize("exercise", GRADED, ids=lambda e: e.name)
 def points(exercise, function, secret="a", visible=True):
     """What a function earns, through the encoding that a kernel's answers take."""
     seeds = case_seeds(exercise, secret, "ada")
-    answers = [
-        decode_results(encode_results(exercise.results(function, case, case.calls(seeds[case.name]))))
-        for case in exercise.cases
-    ]
-    verdicts = score(exercise, answers, seeds).verdicts
-    return sum(verdict.points for verdict in verdicts if visible or not verdict.case.visible)
+    total = 0.0
+    for case in exercise.cases:
+        if visible or not case.visible:
+            results = exercise.results(function, case, case.calls(seeds[case.name]))
+            total += judge_case(exercise, case, decode_results(encode_results(results)), seeds).points
+    return total
 
 
 @each

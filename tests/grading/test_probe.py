@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from cs336_alignment.grading.compare import coordinates, difference
-from cs336_alignment.grading.probe import decode, encode
+from cs336_alignment.grading.probe import ToyModel, ToyTokenizer, decode, encode
 
 
 @pytest.mark.parametrize("kind", ["float64", "float16", "bfloat16", "int64", "int32", "int16", "int8", "uint8", "bool"])
@@ -31,3 +31,32 @@ def test_coordinates_are_those_of_the_flat_values(shape):
     x = torch.arange(torch.Size(shape).numel()).reshape(shape)
     for index in x.flatten().tolist():
         assert x[tuple(coordinates(index, shape))] == index
+
+
+WORDS = ("<unk>", "ice", "cream", "ice cream", "hat", "<s>", "<end>", "<pad>")
+
+
+def test_a_toy_tokenizer_behaves_as_real_ones_do_where_people_stumble():
+    """Special tokens unless one asks for none, tokens longer than a word, pad and end possibly the same or none."""
+    toy = ToyTokenizer(WORDS)
+    assert toy.encode("hat") == [5, 4] and toy.encode("hat", add_special_tokens=False) == [4]
+    joined, apart = (
+        sum((toy.encode(text, add_special_tokens=False) for text in parts), [])
+        for parts in (["hat ice cream hat"], ["hat ice", "cream hat"])
+    )
+    assert joined == [4, 3, 4] and apart == [4, 1, 2, 4]
+    assert toy.encode("icecream shoe", add_special_tokens=False) == [0, 0] and toy.encode("", False) == []
+    assert (toy.pad_token_id, toy.eos_token_id) == (7, 6)
+    assert ToyTokenizer(WORDS, "<end>").pad_token_id == 6 and ToyTokenizer(WORDS, None).pad_token_id is None
+    assert toy.decode(torch.tensor([4, 3])) == "hat ice cream"
+    for same in (toy, ToyTokenizer(WORDS, None)):
+        assert decode(encode(same)) == same
+
+
+def test_a_toy_model_that_takes_few_rows_at_once_still_does_after_travelling():
+    model = decode(encode(ToyModel(torch.eye(3), most_rows=2)))
+    assert model(torch.zeros(2, 4, dtype=torch.long)).shape == (2, 4, 3)
+    with pytest.raises(RuntimeError, match="3 rows"):
+        model(torch.zeros(3, 4, dtype=torch.long))
+    assert "most_rows" not in encode(ToyModel(torch.eye(3)))
+    assert decode(encode(ToyModel(torch.eye(3))))(torch.zeros(9, 1, dtype=torch.long)).shape == (9, 1, 3)

@@ -187,10 +187,6 @@ EXERCISE = Exercise(
             wrongly(clipped=lambda v, old, r, eps: (v - old).clamp(-eps, eps)),
         ),
         Mistake(
-            "The clip is around the return; it is around the old value.",
-            wrongly(clipped=lambda v, old, r, eps: r + (v - r).clamp(-eps, eps)),
-        ),
-        Mistake(
             "The clip is relative, as that of the ratio; here it is a distance in units of reward.",
             wrongly(clipped=lambda v, old, r, eps: old * (v / old).clamp(1 - eps, 1 + eps).nan_to_num(1.0)),
         ),
