@@ -83,6 +83,9 @@ def prepare(root: Path, source: Path) -> list[str]:
     `book/conf.py` must know of them: the pictures' alternative texts and where each equation stands.
     """
     shutil.copytree(root / "book", source)
+    for page in sorted((root / "benchmarks" / "results").glob("*.md")):
+        (source / "results").mkdir(exist_ok=True)
+        shutil.copy(page, source / "results")
     shutil.copy(mathjax_file(), source / "_static" / MATHJAX)
     facts: dict = {"alt": {}, "equations": {}, "lectures": {}}
     problems = []
@@ -110,7 +113,7 @@ def without_empty_lists(text: str, folder: Path) -> str:
     """The start page without the headings under which no page would be listed (Sphinx warns of those)."""
     for block in re.findall(r"^## .+\n\n```\{toctree\}\n(?:.*\n)*?```\n", text, re.M):
         patterns = re.findall(r"^\S*\*\S*$", block, re.M)
-        if patterns and not any(list(folder.glob(f"{pattern}.ipynb")) for pattern in patterns):
+        if patterns and not any(list(folder.glob(f"{pattern}.*")) for pattern in patterns):
             text = text.replace(block, "")
     return text
 
