@@ -272,19 +272,21 @@ def test_ppo_takes_beta_and_the_length_limit_from_the_problem(problem, corner, m
 def test_ppo_trains_with_the_functions_it_is_given(problem, corner):
     """Each of the four is called, and a policy loss that is always 0 leaves the policy where it was."""
     names = ("rewards_fn", "advantages_fn", "policy_loss_fn", "value_loss_fn")
-    called, defaults = [], inspect.signature(train_ppo).parameters
+    defaults, called = inspect.signature(train_ppo).parameters, []
 
-    def noting(name, scale):
-        return lambda *arguments: called.append(name) or _scaled(defaults[name].default(*arguments), scale)
+    def noting(name):
+        def function(*arguments):
+            called.append(name)
+            result = defaults[name].default(*arguments)
+            return 0.0 * result if name == "policy_loss_fn" else result
 
-    def _scaled(value, scale):
-        return value if scale is None else value * scale
+        return function
 
+    functions = {name: noting(name) for name in names}
     settings = replace(corner_ppo_config(), steps=2, batch_size=36, value_warmup=0, epochs=1, eval_every=1)
-    functions = {name: noting(name, 0.0 if name == "policy_loss_fn" else None) for name in names}
     model = untrained(corner)
     policy, _ = corner_runs.ppo(model, problem, settings, progress=False, **functions)
-    assert called == list(names[:2] + names[:1:-1]) * 2  # the value model learns first
+    assert called == ["rewards_fn", "advantages_fn", "value_loss_fn", "policy_loss_fn"] * 2
     assert torch.equal(weights_of(policy), weights_of(model))
 
 

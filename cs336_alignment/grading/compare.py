@@ -109,7 +109,7 @@ def tensor_difference(got, wanted, rtol: float, atol: float, what: str) -> Diffe
     wrong = int((~close).sum())
     many = f" ({wrong} of {wanted.numel()} values differ)" if wanted.numel() > 1 else ""
     return Difference(
-        f"{what}{place} is {got.flatten()[worst]:.6g}; it should be {wanted.flatten()[worst]:.6g}{many}",
+        f"{what}{place} is {got.flatten()[worst]:.6g}; it should be {wanted.flatten()[worst] + 0.0:.6g}{many}",
         f"{what} is not the expected one",
     )
 

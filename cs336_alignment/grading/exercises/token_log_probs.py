@@ -216,6 +216,11 @@ EXERCISE = Exercise(
             lambda logits, labels: clamped(logits, labels),
         ),
         Mistake(
+            "Check shapes and labels yourself and raise ValueError: gather raises another error at bad labels, and none "
+            "where there are too few.",
+            wrongly(check=lambda logits, labels: None),
+        ),
+        Mistake(
             "No error where there are fewer labels than positions: gather silently takes the first positions. Compare "
             "the shapes.",
             wrongly(

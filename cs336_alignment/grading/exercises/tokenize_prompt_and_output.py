@@ -132,6 +132,12 @@ def glued(words, prompt, output):
     return ids[:border], ids[border:]
 
 
+def joined_special(words, prompt, output):
+    """As `joined`, with the tokenizer's special tokens."""
+    ids, border = words.encode(f"{prompt} {output}"), len(words.encode(prompt))
+    return ids[:border], ids[border:]
+
+
 def special(words, prompt, output):
     return words.encode(prompt), words.encode(output)
 
@@ -310,6 +316,11 @@ EXERCISE = Exercise(
         Mistake(
             "Prompt and output are encoded together: a token may straddle the border. Encode them apart and join ids.",
             wrongly(encode=joined),
+        ),
+        Mistake(
+            "Prompt and output are encoded together, and the tokenizer adds special tokens. Encode them apart, with "
+            "add_special_tokens=False both times, and join ids.",
+            wrongly(encode=joined_special),
         ),
         Mistake(
             "The texts are glued together without a space before they are encoded. Encode them apart and join ids.",
