@@ -88,6 +88,7 @@ def imported_modules(source: str) -> set[str]:
     return found
 
 
+@cache  # seven lectures import the same modules
 def syntax(source: str):
     """What a module says, as nested tuples, without docstrings. (`ast.dump` differs between Python versions.)"""
 
