@@ -13,6 +13,7 @@ import time
 from collections.abc import Iterable
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from datetime import date
+from functools import cache
 from multiprocessing import get_context
 from pathlib import Path
 

@@ -108,11 +108,10 @@ def wrongly(
     sign=1.0,
     fraction=lambda ratio, adv, eps: ((ratio - 1).abs() > eps).float(),
     kl=lambda d: d.exp() - 1 - d,
-    average=masked_mean,
+    fraction_of=masked_mean,
     whole=False,
     clean=True,
     late=False,
-    report=lambda result: result,
 ):
     """The update with one thing changed. d = log_probs - old_log_probs."""
 
@@ -139,13 +138,11 @@ def wrongly(
         with torch.no_grad():
             seen = log_probs_of(model, batch) if late else log_probs
             d = seen - old if whole else torch.where(mask, seen - old, 0.0)
-            return report(
-                {
-                    "loss": loss.item(),
-                    "clip_fraction": average(fraction(d.exp(), adv, clip_eps), mask).item(),
-                    "approx_kl": average(kl(d), mask).item(),
-                }
-            )
+            return {
+                "loss": loss.item(),
+                "clip_fraction": fraction_of(fraction(d.exp(), adv, clip_eps), mask).item(),
+                "approx_kl": masked_mean(kl(d), mask).item(),
+            }
 
     return function
 
@@ -251,10 +248,7 @@ EXERCISE = Exercise(
         Mistake("The mask is not used: prompt and padding tokens count too.", wrongly(whole=True)),
         Mistake(
             "clip_fraction is the share of all positions; take that of the response tokens.",
-            wrongly(
-                report=lambda result: result,
-                average=lambda x, m: x.mean() if x.max() in (0, 1) else masked_mean(x, m),
-            ),
+            wrongly(fraction_of=lambda x, mask: x.mean()),
         ),
         Mistake(
             "clip_fraction counts every token outside the clip range, also where the minimum takes the unclipped term.",

@@ -224,7 +224,7 @@ EXERCISE = Exercise(
     ),
     wrong=(
         wrongly(after=lambda r, d, s, m, beta, w: r - s[m.any(1)].mean() * w),
-        lambda s, lp, ref, m, beta: wrongly()(s, lp, ref, m, max(beta, 0.05)).float(),
+        lambda s, lp, ref, m, beta: wrongly()(s.float(), lp.float(), ref.float(), m, beta),
         wrongly(lambda d: d.clamp(-0.5, 0.5)),
     ),
     unusual=(row_by_row, with_scatter, with_positions),
