@@ -249,6 +249,8 @@ def check(
     """Run the visible checks on your notebook."""
     from cs336_alignment.grading.shell import check_notebook
 
+    if assignment.endswith(".ipynb"):
+        notebook, assignment = Path(assignment), Path(assignment).stem
     if check_notebook(assignment, notebook):
         raise typer.Exit(1)
 

@@ -115,7 +115,9 @@ def as_text(exercise: dict, wrong: list, mistake: dict | None) -> str:
             lines.append(f"  right   {case['name']}")
             continue
         lines.append(f"  WRONG   {case['name']:<{width}}   {found.text}")
-        lines += textwrap.wrap(f"expected: {case['expects']}", 100, initial_indent=" " * 10, subsequent_indent=" " * 20)
+        lines += textwrap.wrap(
+            f"asked for: {case['expects']}", 100, initial_indent=" " * 10, subsequent_indent=" " * 20
+        )
     if mistake:
         equation = mistake["equation"] or exercise["equation"]
         hint = f"Looks like a known mistake: {mistake['hint']} See equation ({equation}), {exercise['lecture']}."

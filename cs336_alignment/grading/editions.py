@@ -7,13 +7,15 @@ whoever imports the reference there gets a NotImplementedError, and no point.
 
 import ast
 import shutil
+from collections.abc import Iterable
 from pathlib import Path
 
-from cs336_alignment.grading.exercise import exercises
 from cs336_alignment.paths import PACKAGE
 
 # What of grading/ a student may have. All else knows the answers.
-PUBLIC = ("__init__.py", "check.py", "compare.py", "probe.py", "shell.py", "student.py", "visible")
+PUBLIC = (
+    "__init__.py", "check.py", "compare.py", "editions.py", "probe.py", "shell.py", "student.py", "visible"
+)  # fmt: skip
 
 
 def is_public(path: Path) -> bool:
@@ -33,10 +35,13 @@ def copy_public(destination: Path) -> Path:
     return target
 
 
-def kernel_edition(assignment: str, destination: Path) -> Path:
-    """Makes the edition for the kernels of an assignment; returns the folder to put on their path."""
+def kernel_edition(stripped: Iterable[str], destination: Path) -> Path:
+    """Makes the edition for the kernels of an assignment; returns the folder to put on their path.
+
+    stripped: the functions to take the bodies of, such as "dpo.dpo_loss".
+    """
     package = copy_public(destination)
-    wanted = {name for exercise in exercises(assignment) for name in exercise.stripped}
+    wanted = set(stripped)
     for module in sorted({name.split(".")[0] for name in wanted}):
         path = package / f"{module}.py"
         names = {name.split(".")[1] for name in wanted if name.split(".")[0] == module}

@@ -101,3 +101,8 @@ def exercise(name: str) -> Exercise:
         if candidate.name == name:
             return candidate
     raise ValueError(f"there is no exercise {name!r}; there are {', '.join(e.name for e in exercises())}")
+
+
+def stripped_of(assignment: str) -> list[str]:
+    """The package's functions that a student's kernel must not find, of all exercises of an assignment."""
+    return sorted({name for exercise in exercises(assignment) for name in exercise.stripped})

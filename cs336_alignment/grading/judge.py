@@ -20,7 +20,7 @@ from nbgrader.preprocessors import Execute
 from traitlets import Unicode
 
 from cs336_alignment.grading.editions import kernel_edition
-from cs336_alignment.grading.exercise import Exercise, exercises
+from cs336_alignment.grading.exercise import Exercise, exercises, stripped_of
 from cs336_alignment.grading.probe import decode_results, encode
 from cs336_alignment.grading.score import Score, case_seeds, score
 from cs336_alignment.grading.student import ANSWERS
@@ -132,7 +132,7 @@ class JudgedExecute(Execute):
         root = Path(database).parent if database != identity["db_url"] else Path.cwd()
         secret = course_secret(root / self.secret_file)
         with tempfile.TemporaryDirectory(prefix="kernel-") as folder:
-            edition = kernel_edition(identity["assignment"], Path(folder))
+            edition = kernel_edition(stripped_of(identity["assignment"]), Path(folder))
             self.probes = {e.name: (e, case_seeds(e, secret, identity["student"])) for e in graded}
             with environment(PYTHONPATH=str(edition)):
                 return super().preprocess(nb, resources, km)

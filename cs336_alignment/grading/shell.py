@@ -1,5 +1,7 @@
 """`course.py check`: the visible checks of a notebook, from a shell. Not the grade: hidden cases run elsewhere."""
 
+import os
+import tempfile
 from pathlib import Path
 
 import nbformat
@@ -7,7 +9,8 @@ from nbclient import NotebookClient
 from nbformat.v4 import new_code_cell
 
 from cs336_alignment.grading.check import published
-from cs336_alignment.paths import course_root
+from cs336_alignment.grading.editions import kernel_edition
+from cs336_alignment.paths import course_root, shown
 
 SKIPPED = ("check-", "experiment-")
 
@@ -25,7 +28,8 @@ def check_notebook(assignment: str, path: Path | None = None) -> int:
     """Runs a notebook's definitions in a fresh kernel, then every visible check, and prints the reports.
 
     path: of the notebook, by default the student's own in assignments/. Experiments are not run.
-    Returns how many exercises are not right yet. Raises: ValueError for an assignment or a notebook that is not there.
+    Returns how many graded exercises are not right yet.
+    Raises: ValueError for an assignment or a notebook that is not there.
     """
     exercises = published(assignment)
     path = path or notebook_path(assignment)
@@ -44,27 +48,46 @@ def check_notebook(assignment: str, path: Path | None = None) -> int:
         source = f"from cs336_alignment.grading import check as _check\n_check({name!r}, {name})"
         checks.append(new_code_cell(source, metadata={"exercise": name}))
     notebook.cells = cells + checks
-    print(f"{path}: running {len(cells)} cells, then the checks")
-    client = NotebookClient(
-        notebook,
-        timeout=300,
-        allow_errors=True,
-        kernel_name="python3",
-        extra_arguments=["--log-level=ERROR"],
-        resources={"metadata": {"path": str(path.parent)}},
-    )
-    client.execute()
+    print(f"{shown(path)}: running {len(cells)} cells, then the checks", flush=True)
+    with tempfile.TemporaryDirectory(prefix="kernel-") as folder:
+        # As when it is graded: the package has no body in the functions that are asked for.
+        edition = kernel_edition({name for exercise in exercises for name in exercise["stripped"]}, Path(folder))
+        client = NotebookClient(
+            notebook,
+            timeout=300,
+            allow_errors=True,
+            kernel_name="python3",
+            extra_arguments=["--log-level=ERROR"],
+            resources={"metadata": {"path": str(path.parent)}},
+        )
+        client.execute(env=os.environ | {"PYTHONPATH": str(edition)})
+    others = 0
     for cell in cells:
         for error in errors_of(cell):
-            if error.ename != "NotImplementedError":
-                print(f"\nA cell of yours stops with {error.ename}: {error.evalue}")
-    return sum(not show(cell, exercise) for cell, exercise in zip(checks, exercises))
+            if not grade_id(cell).startswith("solution-"):
+                others += 1
+            elif error.ename != "NotImplementedError":
+                print(
+                    f"\nThe cell of {grade_id(cell).removeprefix('solution-')} stops with {error.ename}: {error.evalue}"
+                )
+    right = [show(cell, exercise) for cell, exercise in zip(checks, exercises)]
+    graded = [passed for passed, exercise in zip(right, exercises) if exercise["points"] > 0]
+    print(f"\n{sum(graded)} of {len(graded)} graded exercises pass their visible checks.")
+    if others:
+        print(
+            f"(Cells of your own that stopped: {others}. That is harmless if they use an experiment: none is run here.)"
+        )
+    return len(graded) - sum(graded)
 
 
 def skipped(cell, exercises: list[dict]) -> bool:
     """Whether a cell is a check, an experiment, or one that only grading fills."""
-    name = cell.metadata.get("nbgrader", {}).get("grade_id", "")
+    name = grade_id(cell)
     return name.startswith(SKIPPED) or name in {exercise["name"] for exercise in exercises}
+
+
+def grade_id(cell) -> str:
+    return cell.metadata.get("nbgrader", {}).get("grade_id", "")
 
 
 def errors_of(cell) -> list:

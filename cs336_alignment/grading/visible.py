@@ -35,6 +35,7 @@ def public_part(exercise: Exercise) -> dict:
         "lecture": exercise.lecture,
         "equation": exercise.equation,
         "parameters": exercise.parameters,
+        "stripped": exercise.stripped,
         "hidden": sum(not case.visible for case in exercise.cases),
         "cases": [
             {

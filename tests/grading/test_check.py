@@ -47,7 +47,7 @@ def test_what_is_right_passes_and_hidden_checks_are_announced(capsys):
 def test_a_known_mistake_is_named_with_its_equation():
     said = failure("dpo_loss", lambda pc, pr, rc, rr, beta, eps=0.0: right(pr, pc, rr, rc, beta, eps))
     assert "Chosen and rejected are swapped." in said and "(12.6)" in said and "12_dpo" in said
-    assert "WRONG   a few pairs" in said and "it should be" in said and "expected: the mean over the pairs" in said
+    assert "WRONG   a few pairs" in said and "it should be" in said and "asked for: the mean over the pairs" in said
 
 
 def test_who_makes_two_mistakes_is_told_of_one():

@@ -12,7 +12,7 @@ import pytest
 from nbformat.v4 import new_code_cell, new_output
 
 from cs336_alignment.grading.editions import is_public, kernel_edition, without_bodies
-from cs336_alignment.grading.exercise import exercise, exercises
+from cs336_alignment.grading.exercise import exercise, exercises, stripped_of
 from cs336_alignment.grading.judge import course_secret, probe_source, read_answers, report
 from cs336_alignment.grading.score import case_seeds, score
 from cs336_alignment.grading.student import ANSWERS
@@ -274,7 +274,7 @@ def test_the_secret_is_made_once_and_kept(tmp_path):
 
 
 def test_the_kernels_edition_has_no_answers(tmp_path):
-    folder = kernel_edition(ASSIGNMENT, tmp_path)
+    folder = kernel_edition(stripped_of(ASSIGNMENT), tmp_path)
     names = {path.relative_to(folder / PACKAGE.name).as_posix() for path in (folder / PACKAGE.name).rglob("*.py")}
     assert "grading/check.py" in names and not any("exercise" in n or "judge" in n or "score" in n for n in names)
     code = """

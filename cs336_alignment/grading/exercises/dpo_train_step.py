@@ -73,6 +73,16 @@ def zero_after_backward(model, batch, ref_log_probs, beta, optimizer):
     return {"loss": loss.item(), "accuracy": (margins > 0).float().mean().item(), "margin": margins.mean().item()}
 
 
+def measured_afterwards(model, batch, ref_log_probs, beta, optimizer):
+    dpo_train_step(model, batch, ref_log_probs, beta, optimizer)
+    with torch.no_grad():
+        chosen, rejected = sequence_log_probs(model, batch).chunk(2)
+    ref_chosen, ref_rejected = ref_log_probs.chunk(2)
+    loss = dpo_loss(chosen, rejected, ref_chosen, ref_rejected, beta)
+    margins = beta * ((chosen - ref_chosen) - (rejected - ref_rejected))
+    return {"loss": loss.item(), "accuracy": (margins > 0).float().mean().item(), "margin": margins.mean().item()}
+
+
 def by_two_batches(model, batch, ref_log_probs, beta, optimizer):
     """Chosen and rejected in two forwards, gradients set to None, tensors returned."""
     half = len(ref_log_probs) // 2
@@ -179,6 +189,7 @@ EXERCISE = Exercise(
             equation="12.3",
             function=wrongly(report=lambda c, r, rc, rr, b: {"margin": (b * (c - r)).mean().item()}),
         ),
+        Mistake("These numbers are those after the step; report what you measured before it.", measured_afterwards),
         Mistake(
             "The pairs' losses are summed; take their mean.",
             wrongly(loss_fn=lambda c, r, rc, rr, b: len(c) * dpo_loss(c, r, rc, rr, b)),
