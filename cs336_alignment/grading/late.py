@@ -13,7 +13,7 @@ from pathlib import Path
 
 from nbgrader.api import Gradebook
 from nbgrader.preprocessors import AssignLatePenalties
-from traitlets import Float, Integer, Unicode
+from traitlets import Float, Integer, List, Unicode
 
 DAY = 24 * 60 * 60  # seconds
 FIELDS = ["student", "assignment", "days"]
@@ -92,6 +92,9 @@ class LateDays(AssignLatePenalties):
         config=True
     )
     extensions_file = Unicode("extensions.csv", help="student,assignment,days; beside the gradebook.").tag(config=True)
+    display_data_priority = List(help="Not used: set for all that makes feedback, with a warning where it is not.").tag(
+        config=True
+    )
 
     def preprocess(self, nb, resources):
         identity = resources["nbgrader"]
