@@ -30,14 +30,15 @@ class ToyModel(torch.nn.Module):
     def __init__(self, weight: Tensor, most_rows: int | None = None):
         """weight: (V, V). Logits are the mean of the rows of the tokens so far, twice the last token's included.
 
-        most_rows: how many sequences fit into its memory at once; it raises RuntimeError for more.
+        most_rows: how many sequences fit into its memory at once; it raises MemoryError for more. (An error of its
+        own kind: RuntimeError is what torch raises for everything else.)
         """
         super().__init__()
         self.weight, self.most_rows = torch.nn.Parameter(weight), most_rows
 
     def forward(self, input_ids: Tensor) -> Tensor:
         if self.most_rows is not None and len(input_ids) > self.most_rows:
-            raise RuntimeError(f"out of memory: {len(input_ids)} rows at once, where {self.most_rows} fit")
+            raise MemoryError(f"{len(input_ids)} rows at once, where {self.most_rows} fit: use micro-batches")
         rows = self.weight[input_ids]
         count = torch.arange(1, input_ids.shape[1] + 1, device=rows.device, dtype=rows.dtype)[:, None]
         return rows + rows.cumsum(dim=1) / count

@@ -112,7 +112,7 @@ EXERCISE = Exercise(
             lambda v, m: v[torch.arange(len(m)), last_response_index(m)],
         ),
         Mistake(
-            "A row without a response token has reward 0; you read its first column.",
+            "A row without a response token has reward 0: you read its first column, or multiply what stands there by 0 (0 * NaN is NaN).",
             lambda v, m: v[torch.arange(len(m)), last_response_index(m).clamp(min=0)],
         ),
         Mistake(

@@ -175,6 +175,15 @@ EXERCISE = Exercise(
         ),
     ),
     mistakes=(
+        Mistake(
+            "binary_cross_entropy of a sigmoid cuts the logarithm at -100: use logsigmoid of the difference.",
+            lambda chosen, rejected, margin=None, center_coef=0.0: (
+                F.binary_cross_entropy(
+                    torch.sigmoid(chosen - rejected - (0 if margin is None else margin)), torch.ones_like(chosen)
+                )
+                + center_coef * ((chosen + rejected) ** 2).mean()
+            ),
+        ),
         Mistake("You sum over the pairs; the loss is their mean.", wrongly(reduce=torch.sum)),
         Mistake("One number for each pair: take the mean over the batch.", wrongly(reduce=lambda x: x)),
         Mistake("Chosen and rejected are swapped.", wrongly(loss=lambda d: -F.logsigmoid(-d))),
