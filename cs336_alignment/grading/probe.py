@@ -77,19 +77,47 @@ class ToyTokenizer:
         return " ".join(self.vocabulary[int(i)] for i in ids)
 
 
+class PlainSGD(torch.optim.Optimizer):
+    """Stochastic gradient descent with what every optimizer has: `zero_grad`, `step`, `param_groups`.
+
+    torch's own does the same numbers, but its first use in a process imports a compiler, for three seconds.
+    """
+
+    def __init__(self, parameters, lr: float):
+        self.param_groups = [{"params": list(parameters), "lr": lr}]
+        self.state, self.defaults = {}, {"lr": lr}
+
+    def zero_grad(self, set_to_none: bool = True) -> None:
+        for parameter in self.param_groups[0]["params"]:
+            if set_to_none:
+                parameter.grad = None
+            elif parameter.grad is not None:
+                parameter.grad = torch.zeros_like(parameter.grad)
+
+    def step(self, closure=None):
+        if closure is not None:
+            with torch.enable_grad():
+                loss = closure()
+        with torch.no_grad():
+            for parameter in self.param_groups[0]["params"]:
+                if parameter.grad is not None:
+                    parameter.sub_(parameter.grad, alpha=self.param_groups[0]["lr"])
+        return None if closure is None else loss
+
+
 @dataclass(frozen=True)
 class SGD:
     """Stands for a plain optimizer of the model at position `of` of the arguments, that has seen another batch before:
-    its gradients are not zero. The function gets a real `torch.optim.SGD`."""
+    its gradients are not zero. The function gets a `PlainSGD`."""
 
     lr: float
     of: int = 0
 
-    def build(self, arguments: list) -> torch.optim.SGD:
+    def build(self, arguments: list) -> PlainSGD:
         parameters = list(arguments[self.of].parameters())
         for parameter in parameters:
             parameter.grad = torch.ones_like(parameter)
-        return torch.optim.SGD(parameters, self.lr)
+        return PlainSGD(parameters, self.lr)
 
 
 # ------------------------------------------------------------------------------------------ values as JSON

@@ -1,10 +1,13 @@
 """Values travel between the student's kernel and the judge unchanged."""
 
+import subprocess
+import sys
+
 import pytest
 import torch
 
 from cs336_alignment.grading.compare import coordinates, difference
-from cs336_alignment.grading.probe import ToyModel, ToyTokenizer, decode, encode
+from cs336_alignment.grading.probe import SGD, PlainSGD, ToyModel, ToyTokenizer, decode, encode
 
 
 @pytest.mark.parametrize("kind", ["float64", "float16", "bfloat16", "int64", "int32", "int16", "int8", "uint8", "bool"])
@@ -60,3 +63,34 @@ def test_a_toy_model_that_takes_few_rows_at_once_still_does_after_travelling():
         model(torch.zeros(3, 4, dtype=torch.long))
     assert "most_rows" not in encode(ToyModel(torch.eye(3)))
     assert decode(encode(ToyModel(torch.eye(3))))(torch.zeros(9, 1, dtype=torch.long)).shape == (9, 1, 3)
+
+
+def test_the_plain_optimizer_does_what_torchs_does():
+    def trained(make):
+        model = ToyModel(torch.randn(5, 5, generator=torch.Generator().manual_seed(0)))
+        optimizer = make(model.parameters(), lr=0.3)
+        model.weight.grad = torch.ones_like(model.weight)
+        for zero in (True, False):
+            optimizer.zero_grad(set_to_none=zero)
+            (model(torch.tensor([[1, 2, 3]])) ** 2).sum().backward()
+            optimizer.step()
+        optimizer.param_groups[0]["lr"] = 0.1
+        optimizer.zero_grad()
+        optimizer.step()  # no gradient: nothing moves
+        return model.weight.detach()
+
+    assert torch.equal(trained(PlainSGD), trained(torch.optim.SGD))
+    assert isinstance(SGD(0.1).build([ToyModel(torch.zeros(2, 2))]), torch.optim.Optimizer)
+
+
+def test_no_check_imports_torchs_compiler():
+    """It takes seconds, and a check should take none."""
+    code = (
+        "import sys; from cs336_alignment.grading.check import load, examine\n"
+        "from cs336_alignment.grading.exercise import exercises\n"
+        "def again(f): return lambda *a: f(*a)\n"
+        "for e in exercises(): assert examine(load(e.name), again(e.reference))[1], e.name\n"
+        "print('torch._dynamo' in sys.modules, 'sympy' in sys.modules)"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=300)
+    assert done.stdout.splitlines()[-1:] == ["False False"], done.stdout + done.stderr
