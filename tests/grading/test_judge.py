@@ -14,6 +14,7 @@ from nbformat.v4 import new_code_cell, new_output
 from cs336_alignment.grading.editions import is_public, kernel_edition, without_bodies
 from cs336_alignment.grading.exercise import exercise, exercises, stripped_of
 from cs336_alignment.grading.judge import course_secret, probe_source, read_answers, report
+from cs336_alignment.grading.release import assignments
 from cs336_alignment.grading.score import case_seeds, score
 from cs336_alignment.grading.student import ANSWERS
 from cs336_alignment.paths import PACKAGE, course_root
@@ -30,15 +31,15 @@ def nbgrader(*arguments, cwd):
     assert done.returncode == 0, done.stderr[-3000:]
 
 
-def solutions() -> dict[str, str]:
-    source = nbformat.read(course_root() / "solutions" / ASSIGNMENT / f"{ASSIGNMENT}.ipynb", as_version=4)
+def solutions(assignment: str = ASSIGNMENT) -> dict[str, str]:
+    source = nbformat.read(course_root() / "solutions" / assignment / f"{assignment}.ipynb", as_version=4)
     cells = [cell for cell in source.cells if cell.metadata.get("nbgrader", {}).get("solution")]
     return {cell.metadata.nbgrader.grade_id: cell.source for cell in cells if cell.cell_type == "code"}
 
 
-def solved(release):
+def solved(release, assignment: str = ASSIGNMENT):
     """The release with the solutions typed in."""
-    notebook, answers = copy.deepcopy(release), solutions()
+    notebook, answers = copy.deepcopy(release), solutions(assignment)
     for cell in notebook.cells:
         name = cell.metadata.get("nbgrader", {}).get("grade_id")
         cell.source = answers.get(name, cell.source)
@@ -170,16 +171,21 @@ def course(tmp_path_factory):
     return root
 
 
-@pytest.fixture(scope="module")
-def grades(course):
+def points_in(course, assignment) -> dict[str, dict[str, float | None]]:
+    """Points of each student's cells, as the gradebook has them."""
     from nbgrader.api import Gradebook
 
     found = {}
     with Gradebook(f"sqlite:///{course}/gradebook.db", "cs336_alignment") as gradebook:
-        for submission in gradebook.assignment_submissions(ASSIGNMENT):
+        for submission in gradebook.assignment_submissions(assignment):
             cells = [grade for notebook in submission.notebooks for grade in notebook.grades]
             found[submission.student.id] = {grade.name: grade.auto_score for grade in cells}
     return found
+
+
+@pytest.fixture(scope="module")
+def grades(course):
+    return points_in(course, ASSIGNMENT)
 
 
 def graded(course, student):
@@ -190,6 +196,21 @@ def graded(course, student):
 def test_a_submission_earns_what_its_own_mathematics_earned(grades, student):
     scores = {name: points for name, points in grades[student].items() if not name.startswith("written-")}
     assert sum(points or 0 for points in scores.values()) == SUBMISSIONS[student][1], scores
+
+
+@pytest.mark.parametrize("assignment", [name for name in assignments() if name != ASSIGNMENT])
+def test_the_solutions_of_the_others_get_full_marks_too_and_their_releases_none(course, assignment):
+    shutil.copytree(course_root() / "solutions" / assignment, course / "solutions" / assignment)
+    nbgrader("generate_assignment", assignment, cwd=course)
+    release = nbformat.read(course / "assignments" / assignment / f"{assignment}.ipynb", as_version=4)
+    for name, notebook in {"honest": solved(release, assignment), "empty": release}.items():
+        folder = course / "submitted" / name / assignment
+        folder.mkdir(parents=True)
+        nbformat.write(notebook, folder / f"{assignment}.ipynb")
+    nbgrader("autograde", assignment, cwd=course)
+    found = points_in(course, assignment)
+    assert sum(points or 0 for points in found["honest"].values()) == sum(e.points for e in exercises(assignment))
+    assert sum(points or 0 for points in found["empty"].values()) == 0
 
 
 def test_written_answers_wait_for_a_person(grades):
