@@ -18,8 +18,10 @@ import re
 import shutil
 import tempfile
 import webbrowser
+from concurrent.futures import ProcessPoolExecutor
 from dataclasses import is_dataclass
 from html.parser import HTMLParser
+from multiprocessing import get_context
 from pathlib import Path
 from urllib.parse import unquote, urlsplit
 
@@ -189,6 +191,15 @@ def first_sentence(path: Path) -> str:
 
 
 def run_sphinx(source: Path, pages: Path) -> list[str]:
+    """Writes the pages; returns Sphinx's warnings, one a line.
+
+    In a process of its own, because autodoc replaces the defaults of the functions that it documents by placeholders.
+    """
+    with ProcessPoolExecutor(1, mp_context=get_context("spawn")) as pool:
+        return pool.submit(run_sphinx_here, source, pages).result()
+
+
+def run_sphinx_here(source: Path, pages: Path) -> list[str]:
     """Makes the pages; returns Sphinx's warnings, each of which is a problem."""
     from sphinx.application import Sphinx
     from sphinx.util.docutils import docutils_namespace, patch_docutils

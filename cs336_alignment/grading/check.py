@@ -4,12 +4,15 @@ It works from numbers alone: `visible/NAME.json` holds the inputs, the expected 
 mistakes give. The code behind them stays with the instructors (`visible.py` writes the files).
 """
 
+import contextlib
+import io
 import json
 import textwrap
 from collections.abc import Callable
 from pathlib import Path
 
 from cs336_alignment.grading.compare import difference
+from cs336_alignment.grading.editions import NOT_HERE
 from cs336_alignment.grading.probe import decode, decode_results, encode_results, run_calls
 
 VISIBLE = Path(__file__).parent / "visible"
@@ -65,11 +68,30 @@ def examine(exercise: dict, function: Callable) -> tuple[str, bool]:
     for case in exercise["cases"]:
         calls = [[decode(argument) for argument in call] for call in case["calls"]]
         found = run_calls(function, calls, case["gradients"], case["after"], quiet=False)
-        if any(result.get("error") == "NotImplementedError" for result in found):
-            return f"{name} is not written yet: it raises NotImplementedError.", False
+        for result in found:
+            if result.get("error") == "NotImplementedError":
+                if NOT_HERE in result["message"]:
+                    return f"{name} calls the package's own function: {result['message']}.", False
+                return f"{name} is not written yet: it raises NotImplementedError.", False
         results.append(decode_results(encode_results(found)))
     wrong = [compare(exercise, case, found, case["expected"]) for case, found in zip(exercise["cases"], results)]
-    return as_text(exercise, wrong, find_mistake(exercise, results, wrong)), not any(wrong)
+    report = as_text(exercise, wrong, find_mistake(exercise, results, wrong))
+    for other in broken_helpers(exercise, function) if any(wrong) else []:
+        report += f"\nIt calls your `{other}`, which does not pass its own checks: mend that first."
+    return report, not any(wrong)
+
+
+def broken_helpers(exercise: dict, function: Callable) -> list[str]:
+    """The functions of other exercises that a function calls and that are not right themselves."""
+    names = getattr(getattr(function, "__code__", None), "co_names", ())
+    found = []
+    for other in published(exercise["assignment"]):
+        theirs = getattr(function, "__globals__", {}).get(other["name"])
+        if other["name"] in names and other["name"] != exercise["name"] and callable(theirs):
+            with contextlib.redirect_stdout(io.StringIO()):
+                if not examine(other, theirs)[1]:
+                    found.append(other["name"])
+    return found
 
 
 def compare(exercise: dict, case: dict, found: list[dict], wanted: list[dict]):
@@ -83,8 +105,8 @@ def compare(exercise: dict, case: dict, found: list[dict], wanted: list[dict]):
 
 
 def find_mistake(exercise: dict, results: list, wrong: list) -> dict | None:
-    """The known mistake whose values these are on every case; failing that, the one that explains a case that is
-    wrong (who makes two mistakes at once is told of one)."""
+    """The known mistake whose values these are on every case; failing that, one that explains a case that is wrong and
+    leaves right what is right (who makes two mistakes at once is told of one)."""
     same = [
         [
             not compare(exercise, case, found, wanted)
@@ -97,6 +119,8 @@ def find_mistake(exercise: dict, results: list, wrong: list) -> dict | None:
             return mistake
     for number, case in enumerate(exercise["cases"]):
         for mistake, agrees in zip(exercise["mistakes"], same):
+            if not all(agree or bad for agree, bad in zip(agrees, wrong)):
+                continue  # the mistake would have shown in a case that is right
             if (
                 wrong[number]
                 and agrees[number]
@@ -118,11 +142,13 @@ def as_text(exercise: dict, wrong: list, mistake: dict | None) -> str:
         lines += textwrap.wrap(
             f"asked for: {case['expects']}", 100, initial_indent=" " * 10, subsequent_indent=" " * 20
         )
-    if mistake:
+    hint = []
+    if mistake:  # first, since the sentences of the cases tell what each is about, not what went wrong
         equation = mistake["equation"] or exercise["equation"]
-        hint = f"Looks like a known mistake: {mistake['hint']} See equation ({equation}), {exercise['lecture']}."
-        lines += ["", *textwrap.wrap(hint, 100)]
-    return "\n".join([exercise["name"], *lines, "", tally(len(wrong) - sum(map(bool, wrong)), exercise)])
+        lecture = f"lecture {int(equation.split('.')[0]):02d}"
+        text = f"Looks like a known mistake: {mistake['hint']} See equation ({equation}), {lecture}."
+        hint = [*textwrap.wrap(text, 100), ""]
+    return "\n".join([exercise["name"], *hint, *lines, "", tally(len(wrong) - sum(map(bool, wrong)), exercise)])
 
 
 def tally(right: int, exercise: dict) -> str:

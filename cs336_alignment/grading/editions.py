@@ -18,6 +18,9 @@ PUBLIC = (
 )  # fmt: skip
 
 
+NOT_HERE = "it is not in the package here"
+
+
 def is_public(path: Path) -> bool:
     """Whether a file of the package belongs in a student's hands."""
     parts = path.relative_to(PACKAGE).parts
@@ -57,6 +60,6 @@ def without_bodies(source: str, names: set[str]) -> str:
     if missing:
         raise ValueError(f"no function {', '.join(sorted(missing))} to take out")
     for node in reversed(found):
-        message = f"{node.name} is what this assignment asks you to write; it is not in the package here"
+        message = f"{node.name} is what this assignment asks you to write; {NOT_HERE}"
         lines[node.body[0].lineno - 1 : node.end_lineno] = [f"    raise NotImplementedError({message!r})\n"]
     return "".join(lines)

@@ -108,6 +108,7 @@ def find_mistake(
             return mistake
     for position in range(len(cases)):
         for mistake, same in zip(exercise.mistakes, agrees):
-            if wrong[position] and same[position]:
+            consistent = all(agree or bad for agree, bad in zip(same, wrong))  # right cases would be right
+            if wrong[position] and same[position] and consistent:
                 return mistake
     return None

@@ -73,6 +73,8 @@ def check_notebook(assignment: str, path: Path | None = None) -> int:
     right = [show(cell, exercise) for cell, exercise in zip(checks, exercises)]
     graded = [passed for passed, exercise in zip(right, exercises) if exercise["points"] > 0]
     print(f"\n{sum(graded)} of {len(graded)} graded exercises pass their visible checks.")
+    if all(graded):
+        print("The hidden ones also ask for the rest of the statements: errors, masks, gradients, precision.")
     if others:
         print(
             f"(Cells of your own that stopped: {others}. That is harmless if they use an experiment: none is run here.)"

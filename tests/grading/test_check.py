@@ -40,13 +40,13 @@ def test_nothing_is_published_of_an_exercise_that_is_gone():
 def test_what_is_right_passes_and_hidden_checks_are_announced(capsys):
     assert check("dpo_loss", right) is None
     said = capsys.readouterr().out
-    assert "3 of 3 visible checks pass; 6 hidden ones run when it is graded." in said
+    assert "4 of 4 visible checks pass; 5 hidden ones run when it is graded." in said
     assert "all" not in said and "WRONG" not in said
 
 
 def test_a_known_mistake_is_named_with_its_equation():
     said = failure("dpo_loss", lambda pc, pr, rc, rr, beta, eps=0.0: right(pr, pc, rr, rc, beta, eps))
-    assert "Chosen and rejected are swapped." in said and "(12.6)" in said and "12_dpo" in said
+    assert "Chosen and rejected are swapped." in said and "(12.6)" in said and "lecture 12" in said
     assert "WRONG   a few pairs" in said and "it should be" in said and "asked for: the mean over the pairs" in said
 
 
@@ -55,9 +55,22 @@ def test_who_makes_two_mistakes_is_told_of_one():
     assert "take the mean over the batch" in said
 
 
+def test_a_function_that_fails_because_of_another_says_so_and_gets_no_wrong_diagnosis():
+    """log_partition overflows; optimal_policy uses it rightly."""
+
+    def log_partition(ref_log_probs, rewards, beta):
+        return (ref_log_probs.exp() * (rewards / beta).exp()).sum(-1).log()
+
+    space = {"log_partition": log_partition}
+    exec("def optimal_policy(q, r, beta):\n    return q + r / beta - log_partition(q, r, beta)[..., None]", space)
+    said = failure("optimal_policy", space["optimal_policy"])
+    assert "It calls your `log_partition`, which does not pass its own checks: mend that first." in said
+    assert "Z where log Z belongs" not in said
+
+
 def test_an_unknown_mistake_gets_no_hint():
     said = failure("dpo_loss", lambda *args: right(*args) * 1.37)
-    assert "Looks like" not in said and "0 of 3" in said
+    assert "Looks like" not in said and "0 of 4" in said
 
 
 def test_an_error_shows_the_students_line_and_not_ours():
@@ -80,6 +93,23 @@ def test_a_stub_is_not_written_yet():
         raise NotImplementedError
 
     assert failure("dpo_loss", stub) == "dpo_loss is not written yet: it raises NotImplementedError."
+
+
+def test_a_detached_result_is_no_nan_gradient():
+    """Nothing to differentiate is another mistake than a NaN in the gradient."""
+    from cs336_alignment.ppo import reinforce_loss
+
+    said = failure(
+        "reinforce_loss", lambda log_probs, advantages, mask: reinforce_loss(log_probs.detach(), advantages, mask)
+    )
+    assert "the gradient by `log_probs` is missing" in said and "Looks like" not in said
+
+
+def test_who_calls_the_packages_function_where_it_has_no_body_is_told_so():
+    def wrapped(*_):
+        raise NotImplementedError("dpo_loss is what this assignment asks you to write; it is not in the package here")
+
+    assert "dpo_loss calls the package's own function" in failure("dpo_loss", wrapped)
 
 
 def test_the_packages_own_function_is_recognised():

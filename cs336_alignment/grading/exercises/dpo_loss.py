@@ -96,6 +96,7 @@ EXERCISE = Exercise(
             "differentiable by the policy's and the reference's log-probabilities",
             lambda g: [smoothed(g, 4, eps) for eps in (0.0, 0.2)],
             2,
+            visible=True,
             gradients=(0, 1, 2, 3),
         ),
         Case(

@@ -21,7 +21,7 @@ def ignored_labels(g):
 
 def garbage(g):
     """What follows the padding token is NaN; no response position has read one."""
-    model, batch = problem(g, 4, 9, 9)
+    model, batch = ignored_labels(g)
     model.weight.data[-1] = math.nan
     return model, batch
 
@@ -108,6 +108,7 @@ EXERCISE = Exercise(
             "labels outside the mask may be -100, and a row without response tokens has the sum 0",
             lambda g: [ignored_labels(g), an_empty_row(g)],
             1,
+            visible=True,
         ),
         Case(
             "garbage behind the mask",
