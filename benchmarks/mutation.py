@@ -12,7 +12,7 @@ from datetime import date
 from pathlib import Path
 
 from cs336_alignment.grading.exercise import Exercise, exercises
-from cs336_alignment.grading.score import case_seeds, find_mistake, judge_case
+from cs336_alignment.grading.score import case_seeds, judge_case, known_mistake
 from cs336_alignment.grading.visible import VISIBLE_SEED
 
 RESULTS = Path(__file__).parent / "results"
@@ -37,7 +37,7 @@ def row(exercise: Exercise) -> dict:
     hinted = 0
     for mistake in exercise.mistakes:
         results = [exercise.results(mistake.function, case, case.calls(VISIBLE_SEED)) for case in visible]
-        found = find_mistake(exercise, visible, results, seeds)
+        found = known_mistake(exercise, visible, results, seeds)
         hinted += found is not None and found.hint == mistake.hint
     right = (exercise.reference, *exercise.unusual)
     accepted = sum(all(points(exercise, f, s) == exercise.points for s in SECRETS) for f in right[1:])

@@ -9,9 +9,10 @@ import io
 import json
 import textwrap
 from collections.abc import Callable
+from functools import cache
 from pathlib import Path
 
-from cs336_alignment.grading.compare import difference
+from cs336_alignment.grading.compare import Difference, difference, find_mistake
 from cs336_alignment.grading.editions import NOT_HERE
 from cs336_alignment.grading.probe import decode, decode_results, encode_results, run_calls
 
@@ -75,7 +76,7 @@ def examine(exercise: dict, function: Callable) -> tuple[str, bool]:
                 return f"{name} is not written yet: it raises NotImplementedError.", False
         results.append(decode_results(encode_results(found)))
     wrong = [compare(exercise, case, found, case["expected"]) for case, found in zip(exercise["cases"], results)]
-    report = as_text(exercise, wrong, find_mistake(exercise, results, wrong))
+    report = as_text(exercise, wrong, known_mistake(exercise, results, wrong))
     for other in broken_helpers(exercise, function) if any(wrong) else []:
         report += f"\nIt calls your `{other}`, which does not pass its own checks: mend that first."
     return report, not any(wrong)
@@ -94,7 +95,7 @@ def broken_helpers(exercise: dict, function: Callable) -> list[str]:
     return found
 
 
-def compare(exercise: dict, case: dict, found: list[dict], wanted: list[dict]):
+def compare(exercise: dict, case: dict, found: list[dict], wanted: list[dict]) -> Difference | None:
     """The first difference between results and what is wanted, over the calls of a case; None if there is none."""
     names, (rtol, atol) = tuple(exercise["parameters"]), case["tolerance"]
     parts = (
@@ -104,30 +105,21 @@ def compare(exercise: dict, case: dict, found: list[dict], wanted: list[dict]):
     return next(filter(None, parts), None)
 
 
-def find_mistake(exercise: dict, results: list, wrong: list) -> dict | None:
-    """The known mistake whose values these are on every case; failing that, one that explains a case that is wrong and
-    leaves right what is right (who makes two mistakes at once is told of one)."""
-    same = [
-        [
-            not compare(exercise, case, found, wanted)
-            for case, found, wanted in zip(exercise["cases"], results, m["results"])
-        ]
-        for m in exercise["mistakes"]
-    ]
-    for mistake, agrees in zip(exercise["mistakes"], same):
-        if any(wrong) and all(agrees):
-            return mistake
-    for number, case in enumerate(exercise["cases"]):
-        for mistake, agrees in zip(exercise["mistakes"], same):
-            if not all(agree or bad for agree, bad in zip(agrees, wrong)):
-                continue  # the mistake would have shown in a case that is right
-            if (
-                wrong[number]
-                and agrees[number]
-                and compare(exercise, case, decode_results(mistake["results"][number]), case["expected"])
-            ):
-                return mistake
-    return None
+def known_mistake(exercise: dict, results: list[list[dict]], wrong: list[Difference | None]) -> dict | None:
+    """The mistake that explains what is wrong, if it is one of those that are published."""
+    cases, mistakes = exercise["cases"], exercise["mistakes"]
+
+    @cache
+    def agrees(mistake: int, case: int) -> bool:
+        return not compare(exercise, cases[case], results[case], mistakes[mistake]["results"][case])
+
+    @cache
+    def mistaken(mistake: int, case: int) -> bool:
+        theirs = decode_results(mistakes[mistake]["results"][case])
+        return compare(exercise, cases[case], theirs, cases[case]["expected"]) is not None
+
+    number = find_mistake([w is not None for w in wrong], len(mistakes), agrees, mistaken)
+    return None if number is None else mistakes[number]
 
 
 def as_text(exercise: dict, wrong: list, mistake: dict | None) -> str:

@@ -1,8 +1,9 @@
-"""Whether a result is the expected one, and if not, what is different, in words.
+"""Whether a result is the expected one, and if not, what is different, in words, and which known mistake explains it.
 
 Used on visible cases by `check` and on all cases by the judge. Results are those of `probe.run_calls`, decoded.
 """
 
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -138,3 +139,24 @@ def kind(value) -> str:
         str: f"the text {value!r:.60}",
     }
     return names.get(type(value), f"{value!r:.60}")
+
+
+def find_mistake(
+    wrong: Sequence[bool], mistakes: int, agrees: Callable[[int, int], bool], mistaken: Callable[[int, int], bool]
+) -> int | None:
+    """The number of the known mistake that gives a student's results on every case; failing that, of one that
+    explains a case that is wrong and leaves right what is right (who makes two mistakes at once is told of one).
+
+    wrong: of each case, whether the student's result is wrong; mistakes: how many there are.
+    agrees: whether mistake m gives the student's result on case c; mistaken: whether it is wrong there itself. A
+    result that is near a mistake's and wrong does not make the mistake wrong: nearness is not transitive. Both are
+    asked no more than is needed, though more than once for the same m and c.
+    """
+    bad = [case for case, is_wrong in enumerate(wrong) if is_wrong]
+    if not bad:
+        return None
+    good = [case for case, is_wrong in enumerate(wrong) if not is_wrong]
+    fitting = [m for m in range(mistakes) if all(agrees(m, case) for case in good)]
+    whole = [m for m in fitting if all(agrees(m, case) for case in bad)]
+    candidates = [(m, case) for m in whole for case in bad] + [(m, case) for case in bad for m in fitting]
+    return next((m for m, case in candidates if agrees(m, case) and mistaken(m, case)), None)

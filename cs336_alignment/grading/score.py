@@ -3,8 +3,9 @@
 import hashlib
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cache
 
-from cs336_alignment.grading.compare import Difference
+from cs336_alignment.grading.compare import Difference, find_mistake
 from cs336_alignment.grading.exercise import Case, Exercise, Mistake
 
 
@@ -69,7 +70,7 @@ def score(
     cases = exercise.cases
     found = [answers[i] if answers is not None and i < len(answers) else [] for i in range(len(cases))]
     verdicts = tuple(judge_case(exercise, case, results, seeds) for case, results in zip(cases, found))
-    mistake = find_mistake(exercise, cases, found, seeds) if answers is not None else None
+    mistake = known_mistake(exercise, cases, found, seeds) if answers is not None else None
     hint = mistake and f"{mistake.hint} See equation ({mistake.equation or exercise.equation})."
     return Score(exercise, verdicts, hint, problem if answers is None else None)
 
@@ -92,23 +93,22 @@ def explains(exercise: Exercise, cases: Sequence[Case], mistake: Mistake, seeds:
     )
 
 
-def find_mistake(
+def known_mistake(
     exercise: Exercise, cases: Sequence[Case], results: Sequence[list[dict]], seeds: dict[str, int]
 ) -> Mistake | None:
-    """The known mistake that gives these results on all these cases; failing that, the one that explains the first
-    wrong case that any explains (who makes two mistakes at once is told of one)."""
-    wrong = [judge_case(exercise, case, found, seeds).wrong for case, found in zip(cases, results)]
-    if not any(wrong):
-        return None
-    agrees = []
-    for mistake in exercise.mistakes:
-        theirs = [mistaken(exercise, mistake, case, seeds) for case in cases]
-        agrees.append([not any(exercise.differences(a, b, case)) for a, b, case in zip(results, theirs, cases)])
-        if all(agrees[-1]):
-            return mistake
-    for position in range(len(cases)):
-        for mistake, same in zip(exercise.mistakes, agrees):
-            consistent = all(agree or bad for agree, bad in zip(same, wrong))  # right cases would be right
-            if wrong[position] and same[position] and consistent:
-                return mistake
-    return None
+    """The mistake that explains what is wrong with results of these cases, if it is a known one."""
+    wrong = [judge_case(exercise, case, found, seeds).wrong is not None for case, found in zip(cases, results)]
+
+    @cache
+    def theirs(mistake: int, case: int) -> list[dict]:
+        return mistaken(exercise, exercise.mistakes[mistake], cases[case], seeds)
+
+    @cache
+    def agrees(mistake: int, case: int) -> bool:
+        return not any(exercise.differences(results[case], theirs(mistake, case), cases[case]))
+
+    def is_mistaken(mistake: int, case: int) -> bool:
+        return judge_case(exercise, cases[case], theirs(mistake, case), seeds).wrong is not None
+
+    number = find_mistake(wrong, len(exercise.mistakes), agrees, is_mistaken)
+    return None if number is None else exercise.mistakes[number]

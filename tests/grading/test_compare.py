@@ -6,7 +6,7 @@ import re
 import pytest
 import torch
 
-from cs336_alignment.grading.compare import difference
+from cs336_alignment.grading.compare import difference, find_mistake
 from cs336_alignment.grading.probe import Other
 
 NAMES = ("x", "y")
@@ -87,3 +87,43 @@ def test_of_a_hidden_case_no_expected_number_is_told():
     assert "1.25" in found.text and "1.25" not in found.without_numbers
     shape = difference({"value": torch.ones(3)}, {"value": torch.ones(())}, 0, 0, NAMES)
     assert shape.without_numbers == shape.text  # a shape gives nothing away
+
+
+def found_mistake(wrong, agrees, mistaken=None):
+    """`find_mistake` on tables: a row a mistake, a column a case; a mistake is wrong on every case if not said."""
+    mistaken = mistaken or [[True] * len(wrong)] * len(agrees)
+    return find_mistake(wrong, len(agrees), lambda m, c: agrees[m][c], lambda m, c: mistaken[m][c])
+
+
+def test_nothing_wrong_needs_no_explanation():
+    assert found_mistake([False, False], [[True, True]]) is None
+    assert found_mistake([], []) is None
+
+
+def test_the_mistake_that_explains_every_case_is_preferred_to_one_that_explains_the_first():
+    assert found_mistake([True, True], [[True, False], [True, True]]) == 1
+
+
+def test_of_two_mistakes_at_once_the_one_of_the_first_wrong_case_is_named():
+    assert found_mistake([False, True, True], [[True, False, True], [True, True, False]]) == 1
+
+
+def test_a_mistake_that_would_have_shown_where_the_student_is_right_explains_nothing():
+    assert found_mistake([False, True], [[False, True]]) is None
+
+
+def test_a_mistake_that_is_right_on_a_case_does_not_explain_it():
+    """The student is off by 1.5 tolerances, the mistake by 0.7: each near the next, and only the first is wrong."""
+    assert found_mistake([True, False], [[True, True]], [[False, True]]) is None
+    assert found_mistake([True, True], [[True, False], [True, False]], [[False, True], [True, True]]) == 1
+
+
+def test_mistakes_are_not_run_where_the_answer_is_known():
+    asked = []
+
+    def agrees(mistake, case):
+        asked.append((mistake, case))
+        return False
+
+    assert find_mistake([True, False, False], 2, agrees, agrees) is None
+    assert asked == [(0, 1), (1, 1)]

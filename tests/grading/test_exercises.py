@@ -6,7 +6,7 @@ import pytest
 
 from cs336_alignment.grading.exercise import exercises
 from cs336_alignment.grading.probe import decode_results, encode_results
-from cs336_alignment.grading.score import case_seeds, explains, find_mistake, judge_case, score
+from cs336_alignment.grading.score import case_seeds, explains, judge_case, known_mistake, score
 from cs336_alignment.grading.visible import VISIBLE_SEED
 
 GRADED = [exercise for exercise in exercises() if not exercise.optional]
@@ -82,7 +82,7 @@ def test_known_mistakes_are_told_by_the_visible_cases(exercise):
     for mistake in exercise.mistakes:
         assert explains(exercise, cases, mistake, seeds), mistake.hint
         results = [exercise.results(mistake.function, case, case.calls(VISIBLE_SEED)) for case in cases]
-        assert find_mistake(exercise, cases, results, seeds).hint == mistake.hint
+        assert known_mistake(exercise, cases, results, seeds).hint == mistake.hint
 
 
 def test_the_mutation_test_is_as_large_as_we_say():
