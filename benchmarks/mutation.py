@@ -12,35 +12,37 @@ from datetime import date
 from pathlib import Path
 
 from cs336_alignment.grading.exercise import Exercise, exercises
-from cs336_alignment.grading.score import case_seeds, judge_case, known_mistake
+from cs336_alignment.grading.score import Question, ask, case_seeds, known_mistake
 from cs336_alignment.grading.visible import VISIBLE_SEED
 
 RESULTS = Path(__file__).parent / "results"
 SECRETS = ("a", "b", "c")
 
 
-def points(exercise: Exercise, function, secret: str, hidden_only: bool = False) -> float:
+def asked(exercise: Exercise, secret: str) -> list[Question]:
     seeds = case_seeds(exercise, secret, "ada")
-    cases = [case for case in exercise.cases if not (hidden_only and case.visible)]
-    results = [(case, exercise.results(function, case, case.calls(seeds[case.name]))) for case in cases]
-    return sum(judge_case(exercise, case, found, seeds).points for case, found in results)
+    return [ask(exercise, case, seeds[case.name]) for case in exercise.cases]
+
+
+def points(questions: list[Question], function) -> float:
+    return sum(q.case.points for q in questions if q.difference(q.results(function)) is None)
 
 
 def row(exercise: Exercise) -> dict:
     """Counts for one exercise: wrong implementations, those that lose hidden points with every secret, those whose
     hint the visible cases give; right implementations and those that get all points with every secret."""
     wrong = [mistake.function for mistake in exercise.mistakes] + list(exercise.wrong)
-    hidden = sum(case.points for case in exercise.cases if not case.visible)
-    killed = sum(all(points(exercise, f, s, hidden_only=True) < hidden for s in SECRETS) for f in wrong)
-    visible = [case for case in exercise.cases if case.visible]
-    seeds = {case.name: VISIBLE_SEED for case in exercise.cases}
+    with_secrets = [asked(exercise, secret) for secret in SECRETS]
+    hidden = [[q for q in questions if not q.case.visible] for questions in with_secrets]
+    worth = sum(case.points for case in exercise.cases if not case.visible)
+    killed = sum(all(points(questions, f) < worth for questions in hidden) for f in wrong)
+    visible = [ask(exercise, case, VISIBLE_SEED) for case in exercise.cases if case.visible]
     hinted = 0
     for mistake in exercise.mistakes:
-        results = [exercise.results(mistake.function, case, case.calls(VISIBLE_SEED)) for case in visible]
-        found = known_mistake(exercise, visible, results, seeds)
+        results = [list(q.results(mistake.function)) for q in visible]
+        found = known_mistake(visible, results, [q.difference(x) for q, x in zip(visible, results)])
         hinted += found is not None and found.hint == mistake.hint
-    right = (exercise.reference, *exercise.unusual)
-    accepted = sum(all(points(exercise, f, s) == exercise.points for s in SECRETS) for f in right[1:])
+    accepted = sum(all(points(qs, f) == exercise.points for qs in with_secrets) for f in exercise.unusual)
     return {
         "assignment": exercise.assignment,
         "exercise": exercise.name,

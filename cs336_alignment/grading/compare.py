@@ -31,6 +31,8 @@ def difference(
 
     names: of the function's arguments; gradients: the positions of those that it is differentiated by.
     """
+    if "error" not in result and "value" not in result:
+        return Difference("gave no answer")
     if "error" in expected:
         if result.get("error") == expected["error"]:
             return None
@@ -39,8 +41,6 @@ def difference(
     if "error" in result:
         line = f", at `{result['line'].strip():.100}`" if result.get("line") else ""
         return Difference(f"raised {result['error']}: {result.get('message') or 'no message'}{line}")
-    if "value" not in result:
-        return Difference("gave no answer")
     different = value_difference(result["value"], expected["value"], rtol, atol, "the result")
     if different:
         return different

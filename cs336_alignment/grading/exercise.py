@@ -6,10 +6,11 @@ and the feedback say which mistake a student's numbers look like, and the mutati
 lose points on hidden cases.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from functools import cache
 from importlib import import_module
+from itertools import chain, repeat
 from pathlib import Path
 
 import torch
@@ -69,13 +70,14 @@ class Exercise:
     def results(self, function: Callable, case: Case, calls: list[tuple]) -> list[dict]:
         return run_calls(function, calls, case.gradients, case.after)
 
-    def differences(self, results: list[dict], expected: list[dict], case: Case) -> list[Difference | None]:
-        """One entry a call: what is different, or None."""
-        parts = (results + [{"error": "nothing", "message": "no answer"}] * len(expected))[: len(expected)]
-        return [
+    def difference(self, results: Iterable[dict], expected: Iterable[dict], case: Case) -> Difference | None:
+        """The first difference over the calls of a case; None if there is none. Looks no further than that."""
+        answered = chain(results, repeat({}))  # nothing for calls that got no answer
+        parts = (
             difference(result, wanted, *case.tolerance, self.parameters, case.gradients)
-            for result, wanted in zip(parts, expected)
-        ]
+            for result, wanted in zip(answered, expected)
+        )
+        return next(filter(None, parts), None)
 
 
 @cache

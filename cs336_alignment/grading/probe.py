@@ -10,7 +10,7 @@ import copy
 import io
 import traceback
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -245,7 +245,12 @@ def students_line(error: BaseException) -> str | None:
     return own[-1].line if own else None
 
 
-def encode_results(results: list[dict]) -> list[dict]:
+def encode_calls(calls: Iterable[Sequence]) -> list[list]:
+    """The arguments of each call as JSON."""
+    return [[encode(argument) for argument in call] for call in calls]
+
+
+def encode_results(results: Iterable[dict]) -> list[dict]:
     """Results of `run_calls` as JSON."""
     return [{name: encode(x) if name in ENCODED else x for name, x in result.items()} for result in results]
 

@@ -1,9 +1,10 @@
 """Points for results: which cases are right, why the others are not, and which known mistake explains them."""
 
 import hashlib
-from collections.abc import Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cache
+from itertools import chain, islice, repeat
 
 from cs336_alignment.grading.compare import Difference, find_mistake
 from cs336_alignment.grading.exercise import Case, Exercise, Mistake
@@ -63,52 +64,60 @@ def case_seeds(exercise: Exercise, secret: str, student: str) -> dict[str, int]:
     return {case.name: seed(case) for case in exercise.cases}
 
 
+@dataclass(frozen=True)
+class Question:
+    """A case with its inputs drawn and the reference run: once, however many answers are compared with it."""
+
+    exercise: Exercise
+    case: Case
+    calls: list[tuple]
+    expected: list[dict]
+
+    def results(self, function: Callable) -> Iterator[dict]:
+        """What a function gives, call by call as they are asked for."""
+        for call in self.calls:
+            yield from self.exercise.results(function, self.case, [call])
+
+    def difference(self, results: Iterable[dict]) -> Difference | None:
+        """What is wrong with results, decoded; None if nothing is."""
+        return self.exercise.difference(results, self.expected, self.case)
+
+
+def ask(exercise: Exercise, case: Case, seed: int) -> Question:
+    calls = case.calls(seed)
+    return Question(exercise, case, calls, exercise.results(exercise.reference, case, calls))
+
+
 def score(
     exercise: Exercise, answers: list[list[dict]] | None, seeds: dict[str, int], problem: str | None = None
 ) -> Score:
     """Judges results of all cases, decoded; None where a submission gave none, for the reason `problem`."""
-    cases = exercise.cases
-    found = [answers[i] if answers is not None and i < len(answers) else [] for i in range(len(cases))]
-    verdicts = tuple(judge_case(exercise, case, results, seeds) for case, results in zip(cases, found))
-    mistake = known_mistake(exercise, cases, found, seeds) if answers is not None else None
+    questions = [ask(exercise, case, seeds[case.name]) for case in exercise.cases]
+    found = list(islice(chain(answers or [], repeat([])), len(questions)))
+    wrong = [question.difference(results) for question, results in zip(questions, found)]
+    mistake = known_mistake(questions, found, wrong) if answers is not None else None
     hint = mistake and f"{mistake.hint} See equation ({mistake.equation or exercise.equation})."
-    return Score(exercise, verdicts, hint, problem if answers is None else None)
-
-
-def judge_case(exercise: Exercise, case: Case, results: list[dict], seeds: dict[str, int]) -> Verdict:
-    """results: of the student's function on `case.calls(seed)`, decoded; seeds: by the case's name."""
-    expected = exercise.results(exercise.reference, case, case.calls(seeds[case.name]))
-    return Verdict(case, next(filter(None, exercise.differences(results, expected, case)), None))
-
-
-def mistaken(exercise: Exercise, mistake: Mistake, case: Case, seeds: dict[str, int]) -> list[dict]:
-    """What a mistake gives on a case."""
-    return exercise.results(mistake.function, case, case.calls(seeds[case.name]))
-
-
-def explains(exercise: Exercise, cases: Sequence[Case], mistake: Mistake, seeds: dict[str, int]) -> bool:
-    """Whether a mistake gives a wrong result on at least one of the cases."""
-    return any(
-        judge_case(exercise, case, mistaken(exercise, mistake, case, seeds), seeds).wrong is not None for case in cases
-    )
+    return Score(exercise, tuple(map(Verdict, exercise.cases, wrong)), hint, problem if answers is None else None)
 
 
 def known_mistake(
-    exercise: Exercise, cases: Sequence[Case], results: Sequence[list[dict]], seeds: dict[str, int]
+    questions: Sequence[Question], found: Sequence[Sequence[dict]], wrong: Sequence[Difference | None]
 ) -> Mistake | None:
-    """The mistake that explains what is wrong with results of these cases, if it is a known one."""
-    wrong = [judge_case(exercise, case, found, seeds).wrong is not None for case, found in zip(cases, results)]
+    """The mistake that explains what is wrong with the results found, if it is a known one.
+
+    Mistakes run only as far as that needs to be known: most are ruled out by one call.
+    """
+    exercise = questions[0].exercise
 
     @cache
-    def theirs(mistake: int, case: int) -> list[dict]:
-        return mistaken(exercise, exercise.mistakes[mistake], cases[case], seeds)
+    def agrees(mistake: int, number: int) -> bool:
+        question = questions[number]
+        theirs = question.results(exercise.mistakes[mistake].function)
+        return exercise.difference(found[number], theirs, question.case) is None
 
-    @cache
-    def agrees(mistake: int, case: int) -> bool:
-        return not any(exercise.differences(results[case], theirs(mistake, case), cases[case]))
+    def mistaken(mistake: int, number: int) -> bool:
+        question = questions[number]
+        return question.difference(question.results(exercise.mistakes[mistake].function)) is not None
 
-    def is_mistaken(mistake: int, case: int) -> bool:
-        return judge_case(exercise, cases[case], theirs(mistake, case), seeds).wrong is not None
-
-    number = find_mistake(wrong, len(exercise.mistakes), agrees, is_mistaken)
-    return None if number is None else exercise.mistakes[number]
+    chosen = find_mistake([x is not None for x in wrong], len(exercise.mistakes), agrees, mistaken)
+    return None if chosen is None else exercise.mistakes[chosen]

@@ -1,12 +1,13 @@
 """Writes what students may know of an exercise: numbers, never code. `check.py` reads these files."""
 
 import json
+from collections.abc import Iterable
 from pathlib import Path
 
 from cs336_alignment.grading.check import VISIBLE
 from cs336_alignment.grading.exercise import Exercise, exercises
-from cs336_alignment.grading.probe import encode, encode_results
-from cs336_alignment.grading.score import explains
+from cs336_alignment.grading.probe import encode_calls, encode_results
+from cs336_alignment.grading.score import ask
 
 VISIBLE_SEED = 0
 
@@ -14,17 +15,11 @@ VISIBLE_SEED = 0
 def public_part(exercise: Exercise) -> dict:
     """The JSON of an exercise: its visible cases with inputs and expected values, and the values of the mistakes
     that these cases can tell from the right answer."""
-    cases = [case for case in exercise.cases if case.visible]
-    calls = {case.name: case.calls(VISIBLE_SEED) for case in cases}
-
-    def plain(function, case) -> list[dict]:
-        results = encode_results(exercise.results(function, case, calls[case.name]))
-        return [{key: x for key, x in result.items() if key not in ("message", "line")} for result in results]
-
+    questions = [ask(exercise, case, VISIBLE_SEED) for case in exercise.cases if case.visible]
     mistakes = [
-        {"hint": m.hint, "equation": m.equation, "results": [plain(m.function, case) for case in cases]}
+        {"hint": m.hint, "equation": m.equation, "results": [numbers(q.results(m.function)) for q in questions]}
         for m in exercise.mistakes
-        if explains(exercise, cases, m, dict.fromkeys(calls, VISIBLE_SEED))
+        if any(question.difference(question.results(m.function)) for question in questions)
     ]
     return {
         "name": exercise.name,
@@ -39,19 +34,24 @@ def public_part(exercise: Exercise) -> dict:
         "hidden": sum(not case.visible for case in exercise.cases),
         "cases": [
             {
-                "name": case.name,
-                "expects": case.expects,
-                "points": case.points,
-                "gradients": case.gradients,
-                "after": case.after,
-                "tolerance": case.tolerance,
-                "calls": [[encode(argument) for argument in call] for call in calls[case.name]],
-                "expected": plain(exercise.reference, case),
+                "name": question.case.name,
+                "expects": question.case.expects,
+                "points": question.case.points,
+                "gradients": question.case.gradients,
+                "after": question.case.after,
+                "tolerance": question.case.tolerance,
+                "calls": encode_calls(question.calls),
+                "expected": numbers(question.expected),
             }
-            for case in cases
+            for question in questions
         ],
         "mistakes": mistakes,
     }
+
+
+def numbers(results: Iterable[dict]) -> list[dict]:
+    """Results as JSON, without what an error says: that is the reference's own wording."""
+    return [{key: x for key, x in r.items() if key not in ("message", "line")} for r in encode_results(results)]
 
 
 def text_of(exercise: Exercise) -> str:

@@ -1,12 +1,13 @@
 """Every exercise: its cases accept what is right, and nothing else; the mutation test, in process, every time."""
 
 import math
+from functools import cache
 
 import pytest
 
 from cs336_alignment.grading.exercise import exercises
 from cs336_alignment.grading.probe import decode_results, encode_results
-from cs336_alignment.grading.score import case_seeds, explains, judge_case, known_mistake, score
+from cs336_alignment.grading.score import ask, case_seeds, known_mistake, score
 from cs336_alignment.grading.visible import VISIBLE_SEED
 
 GRADED = [exercise for exercise in exercises() if not exercise.optional]
@@ -15,15 +16,17 @@ each = pytest.mark.parametrize("exercise", exercises(), ids=lambda e: e.name)
 each_graded = pytest.mark.parametrize("exercise", GRADED, ids=lambda e: e.name)
 
 
+@cache
+def questions(exercise, secret="a"):
+    seeds = case_seeds(exercise, secret, "ada")
+    return [ask(exercise, case, seeds[case.name]) for case in exercise.cases]
+
+
 def points(exercise, function, secret="a", visible=True):
     """What a function earns, through the encoding that a kernel's answers take."""
-    seeds = case_seeds(exercise, secret, "ada")
-    total = 0.0
-    for case in exercise.cases:
-        if visible or not case.visible:
-            results = exercise.results(function, case, case.calls(seeds[case.name]))
-            total += judge_case(exercise, case, decode_results(encode_results(results)), seeds).points
-    return total
+    asked = [q for q in questions(exercise, secret) if visible or not q.case.visible]
+    answers = [decode_results(encode_results(q.results(function))) for q in asked]
+    return sum(q.case.points for q, results in zip(asked, answers) if q.difference(results) is None)
 
 
 @each
@@ -77,12 +80,12 @@ def test_no_constant_earns_a_point(exercise):
 @each
 def test_known_mistakes_are_told_by_the_visible_cases(exercise):
     """The hint that a student sees is that of the mistake they made; two that look alike have the same words."""
-    cases = [case for case in exercise.cases if case.visible]
-    seeds = {case.name: VISIBLE_SEED for case in exercise.cases}
+    asked = [ask(exercise, case, VISIBLE_SEED) for case in exercise.cases if case.visible]
     for mistake in exercise.mistakes:
-        assert explains(exercise, cases, mistake, seeds), mistake.hint
-        results = [exercise.results(mistake.function, case, case.calls(VISIBLE_SEED)) for case in cases]
-        assert known_mistake(exercise, cases, results, seeds).hint == mistake.hint
+        results = [list(question.results(mistake.function)) for question in asked]
+        wrong = [question.difference(found) for question, found in zip(asked, results)]
+        assert any(wrong), mistake.hint
+        assert known_mistake(asked, results, wrong).hint == mistake.hint
 
 
 def test_the_mutation_test_is_as_large_as_we_say():
