@@ -1,0 +1,144 @@
+"""The list of grades of a class, and what happens after grading: `graded/ASSIGNMENT/grades.csv`, pages, report.
+
+The list has a row for each student of the gradebook and a column for each exercise and written answer, to be read by
+a person in a spreadsheet or by a program. What nobody has graded yet is empty, never 0.
+"""
+
+import csv
+import io
+import os
+from dataclasses import dataclass
+from pathlib import Path
+
+from cs336_alignment.grading.records import Cell, Class, Mark, Record, read_class
+
+FORMULA = ("=", "+", "-", "@", "\t", "\r", "\n")  # a spreadsheet would compute a cell that starts so
+
+
+def write_grades(root: Path, assignment: str) -> Path:
+    """Writes the list of grades; returns its path. Raises: ValueError where nothing has been graded."""
+    return write_grades_of(read_class(root, assignment))
+
+
+def write_grades_of(found: Class) -> Path:
+    head = ["student", "name", *(cell.name for cell in found.cells), "automatic", "manual", "waiting"]
+    head += ["late penalty", "total", "maximum", "submitted at", "findings"]
+    text = io.StringIO()
+    lines = csv.writer(text)
+    lines.writerow(map(harmless, head))
+    lines.writerows(row(record, found.cells, found.maximum) for record in found.records)
+    path = graded_folder(found.root, found.assignment) / "grades.csv"
+    write_atomically(path, "\ufeff" + text.getvalue())  # the mark tells Excel that this is UTF-8
+    return path
+
+
+def row(record: Record, cells: list[Cell], maximum: float) -> list:
+    """A student's line; without a submission there is the name and nothing else."""
+    who = [harmless(record.student), harmless(record.name)]
+    if not record.submitted:
+        return who + [""] * (len(cells) + 8)
+    marks = [record.marks.get(cell.name, Mark()) for cell in cells]
+    return [
+        *who,
+        *(number(mark.score) for mark in marks),
+        number(sum(mark.automatic or 0.0 for mark in marks if mark.manual is None)),
+        number(sum((mark.manual or 0.0) + mark.extra for mark in marks)),
+        len(record.waiting(cells)),
+        number(record.penalty),
+        number(record.total(cells)),
+        number(maximum),
+        f"{record.submitted_at:%Y-%m-%d %H:%M:%S} UTC" if record.submitted_at else "",
+        harmless(short(findings(record))),
+    ]
+
+
+def findings(record: Record) -> list[str]:
+    """Sentences on what was odd about a submission: the sanitiser's, and what crashed."""
+    report = record.report
+    crashes = report.get("crashes") or []
+    return [str(x) for x in report.get("findings") or []] + [
+        f"{c.get('cell', '?')}: {c.get('why', '')}" for c in crashes
+    ]
+
+
+def short(sentences: list[str], most: int = 200) -> str:
+    text = "; ".join(" ".join(sentence.split()) for sentence in sentences)
+    return text if len(text) <= most else text[: most - 1] + "…"
+
+
+def number(value: float | None) -> str | float:
+    """Points without floating-point dust; empty where there are none."""
+    return "" if value is None else round(value, 4) + 0.0
+
+
+def harmless(text: str) -> str:
+    """Text that no spreadsheet takes for a formula: an apostrophe in front says that it is text."""
+    text = text.replace("\0", "")
+    return "'" + text if text.lstrip(" \ufeff\u200b").startswith(FORMULA) or text.startswith(FORMULA) else text
+
+
+def graded_folder(root: Path, assignment: str) -> Path:
+    return root / "graded" / assignment
+
+
+def write_atomically(path: Path, text: str) -> None:
+    """A reader finds the old file or the new one, never half of it."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    part = path.with_name(f".{path.name}.{os.getpid()}.part")
+    part.write_text(text, encoding="utf-8", newline="")
+    part.replace(path)
+
+
+# ---------------------------------------------------------------------------------- after grading
+
+
+@dataclass(frozen=True)
+class After:
+    """Where things are after grading."""
+
+    grades: Path
+    report: Path
+    pages: list[Path]
+    waiting: int  # answers that a person has to read
+    alike: int  # pairs of submissions to look at
+
+
+def after_grading(root: Path, assignment: str, students: list[str] | None = None) -> After:
+    """Writes the list of grades, the feedback pages and the report on the class anew from what is graded.
+
+    students: whose pages are looked at; None is all. A page that would not change is left alone, so all is cheap.
+    Late penalties are brought up to date first, since points given by hand count in them.
+    Raises: ValueError where nothing has been graded.
+    """
+    from cs336_alignment.grading.class_report import write_class_report_of
+    from cs336_alignment.grading.feedback import write_feedback_of
+
+    settle_penalties(root, students)
+    found = read_class(root, assignment)
+    grades = write_grades_of(found)
+    pages = write_feedback_of(found, students)
+    report, alike = write_class_report_of(found)
+    waiting = sum(len(record.waiting(found.cells)) for record in found.records)
+    return After(grades, report, pages, waiting, alike)
+
+
+def settle_penalties(root: Path, students: list[str] | None = None) -> None:
+    """Late days as nbgrader_config.py has them; without a percentage in it the gradebook stays as it is."""
+    from nbgrader.api import Gradebook
+    from traitlets.config.loader import ConfigFileNotFound, PyFileConfigLoader
+
+    from cs336_alignment.grading.late import LateDays, read_extensions
+
+    try:
+        config = PyFileConfigLoader("nbgrader_config.py", path=str(root)).load_config()
+    except ConfigFileNotFound:
+        return
+    late = LateDays(config=config)
+    if not late.percent_per_day or not (root / "gradebook.db").is_file():
+        return
+    extensions = read_extensions(root / late.extensions_file)
+    course = config.CourseDirectory.get("course_id", "cs336_alignment")
+    with Gradebook(f"sqlite:///{root / 'gradebook.db'}", course) as gradebook:
+        known = [student.id for student in gradebook.students]
+        for student in known if students is None else sorted(set(students) & set(known)):
+            late.settle(gradebook, student, extensions)
