@@ -101,8 +101,7 @@ def tensor_difference(got, wanted, rtol: float, atol: float, what: str) -> Diffe
     if exact and (got.dtype == torch.bool) != (wanted.dtype == torch.bool):
         return Difference(f"{what} has type {str(got.dtype)[6:]}; it should be {str(wanted.dtype)[6:]}")
     got, wanted = got.double(), wanted.double()
-    close = (got == wanted) | (got.isnan() & wanted.isnan())
-    close |= wanted.isfinite() & ((got - wanted).abs() <= atol + rtol * wanted.abs())
+    close = torch.isclose(got, wanted, rtol, atol, equal_nan=True)
     if close.all():
         return None
     worst = torch.where(close, -1.0, (got - wanted).abs().nan_to_num(torch.inf)).flatten().argmax().item()

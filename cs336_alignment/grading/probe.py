@@ -6,7 +6,6 @@ no reference, so nothing here is worth stealing. Inputs and results travel as JS
 
 import base64
 import contextlib
-import copy
 import io
 import traceback
 import warnings
@@ -198,7 +197,20 @@ def run_calls(
     Returns a dict a call: "value", "gradients" and "after" (not encoded), or "error" with "message" and "line" (the
     line of the student's code that raised); "changed": the positions of arguments that it should have left alone.
     """
-    return [run_call(function, copy.deepcopy(list(call)), gradients, after, quiet) for call in calls]
+    return [run_call(function, [copied(x) for x in call], gradients, after, quiet) for call in calls]
+
+
+def copied(value):
+    """As `decode(encode(value))`, and quicker; `copy.deepcopy` takes ten times as long for a small tensor."""
+    if isinstance(value, Tensor):
+        return value.clone()
+    if isinstance(value, ToyModel):
+        return ToyModel(value.weight.detach().clone(), value.most_rows)
+    if isinstance(value, tuple | list):
+        return [copied(x) for x in value]
+    if isinstance(value, dict):
+        return {key: copied(x) for key, x in value.items()}
+    return value  # the rest cannot be changed
 
 
 def run_call(function: Callable, arguments: list, gradients: Sequence[int], after: Sequence[int], quiet: bool) -> dict:

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from cs336_alignment.grading.compare import coordinates, difference
-from cs336_alignment.grading.probe import SGD, PlainSGD, ToyModel, ToyTokenizer, decode, encode
+from cs336_alignment.grading.probe import SGD, PlainSGD, ToyModel, ToyTokenizer, copied, decode, encode, run_calls
 
 
 @pytest.mark.parametrize("kind", ["float64", "float16", "bfloat16", "int64", "int32", "int16", "int8", "uint8", "bool"])
@@ -27,6 +27,22 @@ def test_a_tuple_travels_as_a_list_and_counts_as_one():
     assert told.text == "the result is a tensor of shape (2, 2); it should be 2 values"
     told = difference({"value": pair[::-1]}, {"value": pair}, 0, 0, ())
     assert "the result[0] at [0] is 3; it should be 1" in told.text
+
+
+def test_a_function_gets_copies_and_may_spoil_them():
+    """The same inputs serve every implementation that is compared."""
+    call = (torch.ones(2), {"ids": [torch.arange(3)]}, ToyModel(torch.eye(2), 1), SGD(0.5, of=2), "text", None)
+    before = encode(call)
+    assert encode([copied(x) for x in call]) == before == encode(decode(before))
+
+    def spoil(x, batch, model, optimizer, *_):
+        optimizer.step()
+        model.most_rows = None
+        batch["ids"][0].zero_()
+        batch["ids"].append(x.zero_())
+
+    assert run_calls(spoil, [call])[0]["changed"] == [0, 1, 2]
+    assert encode(call) == before
 
 
 @pytest.mark.parametrize("shape", [(5,), (2, 3), (4, 1, 2)])
