@@ -44,12 +44,19 @@ def kernel_edition(stripped: Iterable[str], destination: Path) -> Path:
     stripped: the functions to take the bodies of, such as "dpo.dpo_loss".
     """
     package = copy_public(destination)
-    wanted = set(stripped)
-    for module in sorted({name.split(".")[0] for name in wanted}):
-        path = package / f"{module}.py"
-        names = {name.split(".")[1] for name in wanted if name.split(".")[0] == module}
+    for file, names in by_file(stripped).items():
+        path = package / file
         path.write_text(without_bodies(path.read_text(encoding="utf-8"), names), encoding="utf-8")
     return destination
+
+
+def by_file(functions: Iterable[str]) -> dict[str, set[str]]:
+    """The names of functions by the file of the package that they are in: "dpo.dpo_loss" is in dpo.py."""
+    found: dict[str, set[str]] = {}
+    for function in functions:
+        module, name = function.split(".")
+        found.setdefault(f"{module}.py", set()).add(name)
+    return found
 
 
 def without_bodies(source: str, names: set[str]) -> str:

@@ -105,6 +105,6 @@ def exercise(name: str) -> Exercise:
     raise ValueError(f"there is no exercise {name!r}; there are {', '.join(e.name for e in exercises())}")
 
 
-def stripped_of(assignment: str) -> list[str]:
-    """The package's functions that a student's kernel must not find, of all exercises of an assignment."""
+def stripped_of(assignment: str | None = None) -> list[str]:
+    """The package's functions that a student's kernel must not find, of the exercises of an assignment or of all."""
     return sorted({name for exercise in exercises(assignment) for name in exercise.stripped})

@@ -15,8 +15,8 @@ from nbgrader.converters import GenerateAssignment
 from nbgrader.coursedir import CourseDirectory
 from traitlets.config.loader import PyFileConfigLoader
 
-from cs336_alignment.grading.editions import is_public, without_bodies
-from cs336_alignment.grading.exercise import exercises
+from cs336_alignment.grading.editions import by_file, is_public, without_bodies
+from cs336_alignment.grading.exercise import stripped_of
 from cs336_alignment.grading.visible import write_visible
 from cs336_alignment.paths import PACKAGE, course_root
 
@@ -69,10 +69,7 @@ def student_zip(path: Path, closed: bool = False) -> int:
     package, and lectures come as HTML, because they could not run.
     """
     root = course_root()
-    stripped: dict[str, set[str]] = {}
-    for exercise in exercises():
-        for name in exercise.stripped:
-            stripped.setdefault(f"{name.split('.')[0]}.py", set()).add(name.split(".")[1])
+    stripped = by_file(stripped_of()) if closed else {}
     path.parent.mkdir(parents=True, exist_ok=True)
     with zipfile.ZipFile(path, "w", zipfile.ZIP_DEFLATED) as archive:
 
@@ -86,7 +83,7 @@ def student_zip(path: Path, closed: bool = False) -> int:
             put(name, (root / name).read_bytes())
         for source in sorted(p for p in PACKAGE.rglob("*") if p.is_file() and is_public(p)):
             data = source.read_bytes()
-            if closed and source.parent == PACKAGE and source.name in stripped:
+            if source.parent == PACKAGE and source.name in stripped:
                 data = without_bodies(data.decode(), stripped[source.name]).encode()
             put(f"{PACKAGE.name}/{source.relative_to(PACKAGE).as_posix()}", data)
         for source in sorted((root / "lectures").glob("*.ipynb")):
