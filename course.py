@@ -39,6 +39,7 @@ VERBS = {
     "test": "run the tests (--full: the slow ones too; other arguments go to pytest)",
     "lab": "open JupyterLab",
     "check": "run the visible checks on your notebook: check a4_dpo",
+    "grade": "for instructors: grade the submissions of an assignment: grade a4_dpo",
     "release": "for instructors: make the students' notebooks and their zip from solutions/",
     "lectures": "run the lectures' notebooks and keep their outputs (--stale: only those that need it; --fast)",
     "book": "make the lectures, glossary, bibliography and reference into pages that open in a browser, offline",

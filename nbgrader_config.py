@@ -12,9 +12,13 @@ c.ClearSolutions.text_stub = "*Your answer here.*"
 c.IncludeHeaderFooter.header = ""
 c.NbGrader.logfile = ""
 
-# The judge: hidden cases run outside the student's kernel. See cs336_alignment/grading/judge.py.
+# The sanitiser: whatever was handed in is read and put on the release's cells. See cs336_alignment/grading/rescue.py.
+c.Autograde.pre_convert_hook = "cs336_alignment.grading.nbgrader_hooks.add_right_name"
+c.Autograde.exporter_class = "cs336_alignment.grading.nbgrader_hooks.RescueExporter"
+
+# The judge: submissions run in a sandbox and are judged outside it. See cs336_alignment/grading/judge.py.
 c.Autograde.autograde_preprocessors = [
-    "cs336_alignment.grading.judge.JudgedExecute",
+    "cs336_alignment.grading.autograde.JudgedExecute",
     "nbgrader.preprocessors.IgnorePattern",
     "nbconvert.preprocessors.ClearMetadataPreprocessor",
     "nbgrader.preprocessors.LimitOutput",
@@ -28,8 +32,6 @@ c.GenerateFeedback.preprocessors = [
     "nbconvert.preprocessors.CSSHTMLHeaderPreprocessor",
 ]
 c.OverwriteCells.add_missing_cells = True  # a cell that a student deleted comes back, and is graded
-c.Execute.timeout = 120  # seconds a cell
-c.Execute.extra_arguments = ["--log-level=ERROR", "--HistoryManager.hist_file=:memory:"]
 
 # Late days: as it stands, being late costs nothing. See cs336_alignment/grading/late.py.
 # c.LateDays.free_days = 5  # for each student over the whole course

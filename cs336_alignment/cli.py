@@ -256,6 +256,37 @@ def check(
 
 
 @app.command()
+def grade(
+    assignment: Annotated[str, typer.Argument(help="Such as a4_dpo.")],
+    student: Annotated[list[str] | None, typer.Option(help="Only this one, again; can be given several times.")] = None,
+    exercise: Annotated[list[str] | None, typer.Option(help="Only this exercise, again; the rest stays.")] = None,
+    jobs: Annotated[int | None, typer.Option(min=1, help="How many at a time; default: one for each core.")] = None,
+    force: Annotated[bool, typer.Option("--force", help="Grade again what is graded already.")] = False,
+    unsafe: Annotated[
+        bool, typer.Option("--unsafe", help="Run submissions with your rights where there is no bubblewrap.")
+    ] = False,
+    course: Annotated[
+        Path | None, typer.Option(help="The folder with submitted/ and gradebook.db; default: the checkout.")
+    ] = None,
+    cell_seconds: Annotated[float, typer.Option(min=1, help="A cell is interrupted after this.")] = 60,
+    notebook_seconds: Annotated[float, typer.Option(min=1, help="The time for all cells of a notebook.")] = 300,
+) -> None:
+    """Grade what is in submitted/ and not graded yet. Stopped at any moment, the same command goes on."""
+    try:
+        from cs336_alignment.grading.grade import grade_assignment, summary
+        from cs336_alignment.grading.sandbox import Limits
+    except ImportError:
+        raise typer.BadParameter("this is the students' edition: grading needs the instructors'") from None
+
+    limits = Limits(cell_seconds=cell_seconds, notebook_seconds=notebook_seconds)
+    root = (course or course_root()).resolve()
+    batch = grade_assignment(root, assignment, student or (), exercise or (), jobs, force, unsafe, limits)
+    typer.echo(summary(batch))
+    if batch.failed:
+        raise typer.Exit(1)
+
+
+@app.command()
 def release(
     out: Annotated[Path | None, typer.Option(help="The zip for students; default: runs/release/....zip")] = None,
     closed: Annotated[

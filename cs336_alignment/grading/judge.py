@@ -1,31 +1,32 @@
-"""The judge: nbgrader's Execute, but the kernel only computes and this process decides.
+"""The judge: the kernel only computes, and this process decides.
 
 In place of a cell with hidden tests the kernel gets inputs, drawn from a seed of the course's own for this student,
 and says what the student's function returned. Here the results are compared with the reference, which the kernel
 has never seen, and the cell's outputs become a report and the points, which nbgrader reads as partial credit.
-`nbgrader_config.py` puts `JudgedExecute` in the place of Execute; nothing else of nbgrader changes.
+`grade.py` grades a batch with it, `autograde.py` puts it into nbgrader's own command.
 """
 
-import copy
 import html
-import json
-import os
+import re
 import secrets
-import tempfile
-from contextlib import contextmanager
+import threading
+import time
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 
+from nbformat import NotebookNode
 from nbformat.v4 import new_output
-from nbgrader.preprocessors import Execute
-from traitlets import Unicode
 
-from cs336_alignment.grading.editions import kernel_edition
-from cs336_alignment.grading.exercise import Exercise, exercises, stripped_of
+from cs336_alignment.grading.exercise import Exercise
 from cs336_alignment.grading.probe import decode_results, encode
+from cs336_alignment.grading.sandbox import Died, Server
 from cs336_alignment.grading.score import Score, case_seeds, score
-from cs336_alignment.grading.student import ANSWERS
 
-LARGEST_ANSWER = 20_000_000  # characters: no honest one is longer than some ten thousand
+NOT_RUN = ("check-", "experiment-")  # how the ids of cells start that grading does not need
+LARGEST_ANSWER = 20_000_000  # bytes of files beside a notebook, or of a cell's kept text; honest ones are far below
+ONE_JUDGE = threading.Lock()  # workers are threads, and calling a function quietly changes sys.stdout for all of them
+TEXT_KEPT, PICTURES_KEPT = 20_000, 2_000_000  # characters of a cell's text and of a notebook's pictures
 
 
 def course_secret(path: Path) -> str:
@@ -40,36 +41,184 @@ def course_secret(path: Path) -> str:
     return path.read_text(encoding="utf-8").strip()
 
 
-def probe_source(exercise: Exercise, seeds: dict[str, int]) -> str:
-    """What the kernel runs in place of the hidden tests: inputs in, results out. It holds no answer."""
+def probe(exercise: Exercise, seeds: dict[str, int]) -> dict:
+    """The step that a kernel gets in place of the hidden tests: inputs, and no answer."""
     cases = [
         {"calls": [[encode(x) for x in call] for call in case.calls(seeds[case.name])],
          "gradients": case.gradients, "after": case.after}
         for case in exercise.cases
     ]  # fmt: skip
-    return (
-        "from cs336_alignment.grading.student import answer as _answer\n"
-        f"_answer({exercise.name}, {json.dumps(json.dumps(cases))})"
-    )
+    return {"probe": exercise.name, "cases": cases}
 
 
-def read_answers(outputs: list) -> list | None:
-    """The results of all cases as the kernel published them; None if there are none that can be read."""
-    for output in reversed(outputs):
-        data = output.get("data", {}).get(ANSWERS)
-        if data is None:
-            continue
+def read_answers(answers: Sequence) -> list | None:
+    """The results of the cases, decoded, up to the first that makes no sense; None if there are none."""
+    found = []
+    for answer in answers:
         try:
-            text = data if isinstance(data, str) else json.dumps(data)
-            if len(text) > LARGEST_ANSWER:
-                return None
-            return [decode_results(results) for results in json.loads(text)]
+            found.append(decode_results(answer))
         except (ValueError, TypeError, KeyError, AttributeError, OverflowError, RecursionError, RuntimeError):
-            return None
-    return None
+            break
+    return found or None
 
 
-# -------------------------------------------------------------------------------------------------- reports
+# -------------------------------------------------------------------------------------------------- running
+
+
+@dataclass(frozen=True)
+class Judged:
+    """What became of a notebook."""
+
+    scores: dict[str, Score]
+    crashes: list[dict]  # {"cell": grade id or number, "why": sentence}
+    seconds: float
+    cpu_seconds: float  # of the submission's processes
+
+
+def judge(
+    notebook: NotebookNode, graded: Sequence[Exercise], student: str, secret: str, server: Server,
+    files: dict[str, bytes] | None = None,
+) -> Judged:  # fmt: skip
+    """Runs a notebook and writes outputs, reports and points into it.
+
+    notebook: with the release's ids on its cells (see rescue.py). graded: the exercises to judge, all of one
+    assignment; points cells of others are left as they are. files: what lies beside the notebook.
+    """
+    begin = time.monotonic()
+    seeds = {exercise.name: case_seeds(exercise, secret, student) for exercise in graded}
+    with ONE_JUDGE:
+        steps = list(steps_of(notebook, {exercise.name: probe(exercise, seeds[exercise.name]) for exercise in graded}))
+    found, lost, cpu_seconds = run(server, steps, files or {})
+    scores = {}
+    for index, step in steps:
+        outputs, answers = found.get(index, ([], []))
+        problem = lost.get(index) and f"This cell got no further: {lost[index]}."
+        cell = notebook.cells[index]
+        if "probe" not in step:
+            cell.outputs = kept_outputs(outputs)
+            if problem:
+                cell.outputs.append(error_output("DeadKernelError", problem))
+            continue
+        exercise = next(e for e in graded if e.name == step["probe"])
+        with ONE_JUDGE:
+            result = score(exercise, read_answers(answers), seeds[exercise.name], problem or what_went_wrong(outputs))
+        if problem:
+            result = replace(result, problem=problem)
+        scores[exercise.name] = result
+        cell.outputs = [
+            new_output("display_data", {"text/html": report(result), "text/plain": str(result)}),
+            new_output("execute_result", {"text/plain": repr(result.points)}),
+        ]
+    limit_pictures(notebook)
+    names = {index: grade_id(cell) or index for index, cell in enumerate(notebook.cells)}
+    crashes = [{"cell": names[index], "why": why} for index, why in sorted(lost.items())]
+    return Judged(scores, crashes, time.monotonic() - begin, cpu_seconds)
+
+
+def steps_of(notebook: NotebookNode, probes: dict[str, dict]) -> Iterator[tuple[int, dict]]:
+    """The cells to run, with their places. Points cells of exercises become probes; tags do not count."""
+    for index, cell in enumerate(notebook.cells):
+        cell.metadata.pop("tags", None)
+        name = grade_id(cell)
+        if cell.cell_type != "code":
+            continue
+        if cell.metadata.get("nbgrader", {}).get("grade") and not name.startswith(NOT_RUN):
+            if name in probes:
+                yield index, probes[name]
+            continue
+        cell.outputs, cell.execution_count = [], None
+        if not name.startswith(NOT_RUN):
+            yield index, {"code": cell.source}
+
+
+def grade_id(cell: NotebookNode) -> str:
+    return cell.metadata.get("nbgrader", {}).get("grade_id", "")
+
+
+def run(
+    server: Server, steps: Sequence[tuple[int, dict]], files: dict[str, bytes]
+) -> tuple[dict[int, tuple[list, list]], dict[int, str], float]:
+    """Outputs and answers of each step, why some were lost, and the CPU seconds of it all.
+
+    A step in which the kernel dies costs that step: the others are run again in a fresh kernel without it (but no probe
+    is asked twice).
+    """
+    found, lost, cpu_seconds = {}, {}, 0.0
+    deadline = time.monotonic() + server.limits.notebook_seconds
+    while True:
+        left = [(i, step) for i, step in steps if i not in lost and not ("probe" in step and i in found)]
+        try:
+            with server.run(files) as session:
+                for index, step in left:
+                    seconds = min(server.limits.cell_seconds, deadline - time.monotonic())
+                    if seconds <= 0:
+                        lost[index] = "the time for the whole notebook was up"
+                        continue
+                    try:
+                        found[index] = session.step(step, seconds)
+                    except Died as death:
+                        found[index], lost[index] = (death.outputs, death.answers), str(death)
+                        break
+                else:
+                    break
+        finally:
+            cpu_seconds += session.cpu_seconds
+    return found, lost, cpu_seconds
+
+
+# -------------------------------------------------------------------------------------------------- outputs
+
+
+def kept_outputs(outputs: Sequence[dict]) -> list[NotebookNode]:
+    """A cell's outputs as far as they are harmless: text, errors and pictures. What a kernel says is not trusted."""
+    kept, left = [], TEXT_KEPT
+    for output in outputs:
+        kind, data = output.get("output_type"), output.get("data")
+        if kind == "stream":
+            text = str(output.get("text", ""))[:left]
+            left -= len(text)
+            if text and kept and kept[-1].output_type == "stream" and kept[-1].name == output.get("name"):
+                kept[-1].text += clean_text(text)
+            elif text:
+                name = "stderr" if output.get("name") == "stderr" else "stdout"
+                kept.append(new_output("stream", name=name, text=clean_text(text)))
+        elif kind == "error":
+            lines = output.get("traceback")
+            lines = [clean_text(str(line)[:2000]) for line in (lines if isinstance(lines, list) else [])[-100:]]
+            kept.append(error_output(str(output.get("ename")), str(output.get("evalue")), lines))
+        elif kind in ("display_data", "execute_result") and isinstance(data, dict):
+            bundle = {"text/plain": clean_text(str(data.get("text/plain", ""))[:left])}
+            left -= len(bundle["text/plain"])
+            for picture in ("image/png", "image/jpeg"):
+                if re.fullmatch(r"[A-Za-z0-9+/=\s]+", str(data.get(picture, ""))):
+                    bundle[picture] = str(data[picture])
+            kept.append(new_output(kind, bundle))
+        if left <= 0 or len(kept) > 100:
+            kept.append(new_output("stream", name="stdout", text="... the rest of this cell's output is left out\n"))
+            break
+    return kept
+
+
+def clean_text(text: str) -> str:
+    """Text that can be written as UTF-8: half a surrogate pair cannot."""
+    return text.encode("utf-8", "replace").decode("utf-8")
+
+
+def error_output(name: str, value: str, traceback: Sequence[str] = ()) -> NotebookNode:
+    name, value = clean_text(name[:100]), clean_text(value[:1000])
+    return new_output("error", ename=name, evalue=value, traceback=list(traceback) or [f"{name}: {value}"])
+
+
+def limit_pictures(notebook: NotebookNode) -> None:
+    """Drops a notebook's pictures where there are too many to keep and to send back."""
+    left = PICTURES_KEPT
+    for cell in notebook.cells:
+        for output in cell.get("outputs", []):
+            for kind in ("image/png", "image/jpeg"):
+                left -= len(output.get("data", {}).get(kind, ""))
+                if left < 0:
+                    output.get("data", {}).pop(kind, None)
+
 
 CELL = "padding: 2px 12px 2px 0; text-align: left; vertical-align: top"  # nbgrader's pages have none of their own
 
@@ -79,7 +228,7 @@ def report(result: Score) -> str:
     What a hidden case was given and what it expected is not in it."""
     rows = []
     for verdict in result.verdicts:
-        why = html.escape(verdict.why)
+        why = html.escape(clean_text(verdict.why))
         if verdict.wrong:
             why += f"<br><em>Expected: {html.escape(verdict.case.expects)}</em>"
         mark = "&#10007;" if verdict.wrong else "&#10003;"
@@ -87,7 +236,7 @@ def report(result: Score) -> str:
         name = html.escape(verdict.case.name) + ("" if verdict.case.visible else " (hidden)")
         rows.append((mark, name, points, why))
     title = f"<p><strong>{result.exercise.name}: {result.points:g} of {result.exercise.points:g} points</strong></p>"
-    notes = [f"<p>{html.escape(result.problem)}</p>"] if result.problem else []
+    notes = [f"<p>{html.escape(clean_text(result.problem))}</p>"] if result.problem else []
     notes += [f"<p>Looks like a known mistake: {html.escape(result.hint)}</p>"] if result.hint else []
     rows.insert(0, tuple(f"<b>{word}</b>" for word in ("", "case", "points", "what was wrong")))
     cells = ("".join(f'<td style="{CELL}">{text}</td>' for text in row) for row in rows)
@@ -95,85 +244,37 @@ def report(result: Score) -> str:
     return "".join([title, *notes, table])
 
 
-def what_went_wrong(outputs: list) -> str | None:
-    """Why a cell published no answers, as a sentence for the student."""
+def what_went_wrong(outputs: Sequence[dict]) -> str:
+    """Why a function gave no answers, as a sentence for the student."""
     for output in outputs:
-        if output.output_type == "error":
-            if output.ename == "NameError":
-                return f"The function was not there when its cases ran: {output.evalue}."
-            return f"The cell stopped with {output.ename}: {str(output.evalue)[:300]}"
-    return "The kernel gave no answer: it may have died, or run out of time, in an earlier cell."
+        if output.get("output_type") == "error":
+            name, value = clean_text(str(output.get("ename")))[:100], clean_text(str(output.get("evalue")))[:300]
+            if name == "NameError":
+                return f"The function was not there when its cases ran: {value}."
+            return f"The function's cases stopped with {name}: {value}"
+    return "The function gave no answer that could be read."
 
 
-# ------------------------------------------------------------------------------------------------ nbgrader
+# ------------------------------------------------------------------------------------------- what it runs with
 
 
-class JudgedExecute(Execute):
-    """Runs a submission with probes in place of hidden tests, and judges what they bring back.
-
-    Cells are known by their nbgrader id: the id of a cell with points is its exercise's name; cells whose ids start
-    with "check-" or "experiment-" are not run. Ids and sources of locked cells are nbgrader's, restored from the
-    gradebook before this runs, so what a submission says about its own cells does not count. Tags do not count either.
-    A notebook without such exercises is executed as nbgrader always does.
-    """
-
-    secret_file = Unicode(".course/grading-secret", help="What seeds the hidden cases; beside the gradebook.").tag(
-        config=True
-    )
-
-    def preprocess(self, nb, resources, km=None):
-        self.probes: dict[str, tuple[Exercise, dict[str, int]]] = {}
-        identity = resources["nbgrader"]
-        try:
-            graded = [e for e in exercises(identity["assignment"]) if not e.optional]
-        except ValueError:  # an assignment that is not of this kind
-            return super().preprocess(nb, resources, km)
-        database = identity["db_url"].removeprefix("sqlite:///")
-        root = Path(database).parent if database != identity["db_url"] else Path.cwd()
-        secret = course_secret(root / self.secret_file)
-        with tempfile.TemporaryDirectory(prefix="kernel-") as folder:
-            edition = kernel_edition(stripped_of(identity["assignment"]), Path(folder))
-            self.probes = {e.name: (e, case_seeds(e, secret, identity["student"])) for e in graded}
-            with environment(PYTHONPATH=str(edition)):
-                return super().preprocess(nb, resources, km)
-
-    def preprocess_cell(self, cell, resources, index):
-        if not self.probes:
-            return super().preprocess_cell(cell, resources, index)
-        cell.metadata.pop("tags", None)
-        name = cell.metadata.get("nbgrader", {}).get("grade_id", "")
-        if cell.cell_type != "code":
-            return cell, resources
-        if name.startswith(("check-", "experiment-")):
-            cell.outputs = []
-            return cell, resources
-        if name not in self.probes or not cell.metadata.nbgrader.get("grade"):
-            return super().preprocess_cell(cell, resources, index)
-        exercise, seeds = self.probes[name]
-        earlier = copy.deepcopy([c.get("outputs") for c in self.nb.cells[:index]])
-        source, cell.source = cell.source, probe_source(exercise, seeds)
-        try:
-            self.execute_cell(cell, index, store_history=False)  # the inputs are in no In[]
-        finally:
-            cell.source = source
-            for other, outputs in zip(self.nb.cells, earlier):  # nothing is written into cells that had ended
-                if outputs is not None:
-                    other.outputs = outputs
-        result = score(exercise, read_answers(cell.outputs), seeds, what_went_wrong(cell.outputs))
-        cell.outputs = [
-            new_output("display_data", {"text/html": report(result), "text/plain": str(result)}),
-            new_output("execute_result", {"text/plain": repr(result.points)}),
-        ]
-        return cell, resources
+def preloaded(release: NotebookNode) -> list[str]:
+    """The modules that a release's own cells import: a server imports them once for all submissions."""
+    source = "\n".join(cell.source for cell in release.cells if cell.cell_type == "code" and grade_id(cell) == "setup")
+    return sorted(set(re.findall(r"^(?:from|import) +([A-Za-z_][\w.]*)", source, re.MULTILINE)))
 
 
-@contextmanager
-def environment(**variables: str):
-    """Environment variables that are set for a while; kernels that start meanwhile inherit them."""
-    before = {name: os.environ.get(name) for name in variables}
-    os.environ.update(variables)
-    try:
-        yield
-    finally:
-        for name, value in before.items():
-            os.environ.pop(name, None) if value is None else os.environ.update({name: value})
+def files_beside(folder: Path, notebook: str | None) -> dict[str, bytes]:
+    """A submission's other files, such as a module that its notebook imports: small ones, and no links."""
+    found, left = {}, LARGEST_ANSWER // 4
+    for path in sorted(folder.rglob("*")) if folder.is_dir() and not folder.is_symlink() else []:
+        name = path.relative_to(folder)
+        ordinary = all(not (folder / part).is_symlink() for part in (name, *name.parents))
+        not_code = path.suffix == ".ipynb" or name.as_posix() in (notebook, "timestamp.txt")
+        if not_code or not (ordinary and path.is_file()):
+            continue
+        size = path.stat().st_size
+        if size <= left and len(found) < 100 and name.as_posix().isprintable():
+            found[name.as_posix()] = path.read_bytes()
+            left -= size
+    return found

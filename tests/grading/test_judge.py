@@ -1,262 +1,201 @@
-"""nbgrader with the judge: what submissions earn, and what cheating earns."""
+"""The judge: what becomes of a notebook, and what a kernel may say."""
 
-import copy
+import json
 import os
-import shutil
 import subprocess
 import sys
-from pathlib import Path
 
 import nbformat
 import pytest
-from nbformat.v4 import new_code_cell, new_output
+from nbformat.v4 import new_code_cell
+from submissions import ASSIGNMENT, AUTOMATIC, each_solution, release, solutions, solved
 
+from cs336_alignment.grading.autograde import server_for
 from cs336_alignment.grading.editions import is_public, kernel_edition, without_bodies
 from cs336_alignment.grading.exercise import exercise, exercises, stripped_of
-from cs336_alignment.grading.judge import course_secret, probe_source, read_answers, report
-from cs336_alignment.grading.release import assignments
+from cs336_alignment.grading.judge import (
+    PICTURES_KEPT,
+    course_secret,
+    files_beside,
+    judge,
+    kept_outputs,
+    limit_pictures,
+    probe,
+    read_answers,
+    report,
+)
+from cs336_alignment.grading.sandbox import Limits
 from cs336_alignment.grading.score import case_seeds, score
-from cs336_alignment.grading.student import ANSWERS
-from cs336_alignment.paths import PACKAGE, course_root
+from cs336_alignment.paths import PACKAGE
 
-ASSIGNMENT = "a4_dpo"
-AUTOMATIC = sum(e.points for e in exercises(ASSIGNMENT))
-
-
-def nbgrader(*arguments, cwd):
-    environment = os.environ | {"PYTHONPATH": str(course_root()), "OMP_NUM_THREADS": "1"}
-    environment["PATH"] = os.pathsep.join([str(Path(sys.executable).parent), environment["PATH"]])
-    command = [sys.executable, "-m", "nbgrader", *arguments]
-    done = subprocess.run(command, cwd=cwd, env=environment, capture_output=True, text=True, timeout=600)
-    assert done.returncode == 0, done.stderr[-3000:]
-
-
-def solutions(assignment: str = ASSIGNMENT) -> dict[str, str]:
-    source = nbformat.read(course_root() / "solutions" / assignment / f"{assignment}.ipynb", as_version=4)
-    cells = [cell for cell in source.cells if cell.metadata.get("nbgrader", {}).get("solution")]
-    return {cell.metadata.nbgrader.grade_id: cell.source for cell in cells if cell.cell_type == "code"}
-
-
-def solved(release, assignment: str = ASSIGNMENT):
-    """The release with the solutions typed in."""
-    notebook, answers = copy.deepcopy(release), solutions(assignment)
-    for cell in notebook.cells:
-        name = cell.metadata.get("nbgrader", {}).get("grade_id")
-        cell.source = answers.get(name, cell.source)
-    return notebook
-
-
-def with_first_cell(notebook, source):
-    notebook = copy.deepcopy(notebook)
-    notebook.cells.insert(0, new_code_cell(source))
-    return notebook
-
-
-def each_solution(release, body):
-    """The release with `body(name)` as every function's definition."""
-    notebook = copy.deepcopy(release)
-    for cell in notebook.cells:
-        name = cell.metadata.get("nbgrader", {}).get("grade_id", "")
-        if name.startswith("solution-"):
-            cell.source = body(name.removeprefix("solution-"))
-    return notebook
-
-
-def tagged(release):
-    notebook = copy.deepcopy(release)
-    for cell in notebook.cells:
-        cell.metadata["tags"] = ["skip-execution", "raises-exception"]
-    return notebook
-
-
-def edited(release):
-    """Points cells that say what they are worth themselves."""
-    notebook = copy.deepcopy(release)
-    for cell in notebook.cells:
-        if cell.metadata.get("nbgrader", {}).get("grade"):
-            cell.metadata.nbgrader.points = 1000
-            cell.source = "15.0"
-    return notebook
-
-
-def without_points_cells(notebook):
-    notebook = copy.deepcopy(notebook)
-    names = {e.name for e in exercises(ASSIGNMENT)}
-    notebook.cells = [c for c in notebook.cells if c.metadata.get("nbgrader", {}).get("grade_id") not in names]
-    return notebook
-
-
-PATCHES = """
-import torch.testing, cs336_alignment.grading.compare as compare, cs336_alignment.grading.student as student
-torch.testing.assert_close = lambda *a, **k: None
-torch.allclose = torch.equal = lambda *a, **k: True
-compare.difference = compare.value_difference = compare.tensor_difference = lambda *a, **k: None
-student.run_calls = lambda function, calls, *a, **k: [{"value": 1.0, "changed": []} for _ in calls]
-"""
-TRANSFORMER = """
-import ast
-class Blind(ast.NodeTransformer):
-    def visit_Assert(self, node):
-        return ast.Pass()
-    def visit_Raise(self, node):
-        return ast.Return(ast.Constant(1.0))
-get_ipython().ast_transformers.append(Blind())
-get_ipython().run_code = lambda *a, **k: None
-"""
-FRAMES = """
-def {name}(*arguments):
-    import sys, gc
-    frame = sys._getframe()
-    while frame:
-        for space in (frame.f_locals, frame.f_globals):
-            for key in ("expected", "wanted", "reference", "answer", "EXERCISE"):
-                if key in space:
-                    return space[key]
-        frame = frame.f_back
-    for thing in gc.get_objects():
-        if type(thing).__name__ == "Exercise":
-            return thing.reference(*arguments)
-    raise LookupError("nothing to steal")
-"""
-IMPORTS = """
-def {name}(*arguments):
-    import importlib
-    for module in ("dpo", "exact", "tokens", "corner", "grading.exercises.{name}", "grading.plain", "grading.score"):
-        try:
-            return getattr(importlib.import_module("cs336_alignment." + module), "{name}")(*arguments)
-        except (ImportError, AttributeError, NotImplementedError):
-            pass
-    raise LookupError("nothing to import")
-"""
-FORGED = """
-from IPython.display import display
-display({{"application/vnd.cs336-alignment.answers+json": "[[{{\\"value\\": 1}}]]"}}, raw=True)
-def {name}(*arguments):
-    return arguments[0]
-"""
-# name: (the notebook made from the release, points it should get)
-SUBMISSIONS = {
-    "honest": (solved, AUTOMATIC),
-    "empty": (lambda release: release, 0),
-    "nobeta": (
-        lambda release: each_solution(
-            release, lambda name: solutions()[f"solution-{name}"].replace("h = beta * ", "h = ") if name else ""
-        ),
-        None,
-    ),
-    "deleted": (lambda release: without_points_cells(solved(release)), AUTOMATIC),
-    "patches": (lambda release: with_first_cell(release, PATCHES), 0),
-    "transformer": (lambda release: with_first_cell(release, TRANSFORMER), 0),
-    "tags": (tagged, 0),
-    "edited": (edited, 0),
-    "frames": (lambda release: each_solution(release, lambda name: FRAMES.format(name=name)), 0),
-    "imports": (lambda release: each_solution(release, lambda name: IMPORTS.format(name=name)), 0),
-    "forged": (lambda release: each_solution(release, lambda name: FORGED.format(name=name)), 0),
-}
+GRADED = [e for e in exercises(ASSIGNMENT) if not e.optional]
 
 
 @pytest.fixture(scope="module")
-def course(tmp_path_factory):
-    """A course folder in which every submission was graded in one batch with stock nbgrader commands."""
-    root = tmp_path_factory.mktemp("course")
-    shutil.copy(course_root() / "nbgrader_config.py", root)
-    shutil.copytree(course_root() / "solutions" / ASSIGNMENT, root / "solutions" / ASSIGNMENT)
-    nbgrader("generate_assignment", ASSIGNMENT, cwd=root)
-    release = nbformat.read(root / "assignments" / ASSIGNMENT / f"{ASSIGNMENT}.ipynb", as_version=4)
-    for name, (make, _) in SUBMISSIONS.items():
-        folder = root / "submitted" / name / ASSIGNMENT
-        folder.mkdir(parents=True)
-        nbformat.write(make(release), folder / f"{ASSIGNMENT}.ipynb")
-    nbgrader("autograde", ASSIGNMENT, cwd=root)
-    return root
+def server():
+    with server_for(ASSIGNMENT, Limits(cell_seconds=3, notebook_seconds=60), unsafe=True) as server:
+        yield server
 
 
-def points_in(course, assignment) -> dict[str, dict[str, float | None]]:
-    """Points of each student's cells, as the gradebook has them."""
-    from nbgrader.api import Gradebook
-
-    found = {}
-    with Gradebook(f"sqlite:///{course}/gradebook.db", "cs336_alignment") as gradebook:
-        for submission in gradebook.assignment_submissions(assignment):
-            cells = [grade for notebook in submission.notebooks for grade in notebook.grades]
-            found[submission.student.id] = {grade.name: grade.auto_score for grade in cells}
-    return found
+def points(judged) -> dict[str, float]:
+    return {name: result.points for name, result in judged.scores.items()}
 
 
-@pytest.fixture(scope="module")
-def grades(course):
-    return points_in(course, ASSIGNMENT)
+def cell_of(notebook, name):
+    return next(c for c in notebook.cells if c.metadata.get("nbgrader", {}).get("grade_id") == name)
 
 
-def graded(course, student):
-    return nbformat.read(course / "autograded" / student / ASSIGNMENT / f"{ASSIGNMENT}.ipynb", as_version=4)
+def with_cell_before(notebook, name, source):
+    """The notebook with a student's own cell in front of another."""
+    index = notebook.cells.index(cell_of(notebook, name))
+    notebook.cells.insert(index, new_code_cell(source))
+    return notebook
 
 
-@pytest.mark.parametrize("student", [name for name, (_, points) in SUBMISSIONS.items() if points is not None])
-def test_a_submission_earns_what_its_own_mathematics_earned(grades, student):
-    scores = {name: points for name, points in grades[student].items() if not name.startswith("written-")}
-    assert sum(points or 0 for points in scores.values()) == SUBMISSIONS[student][1], scores
+def judged(notebook, server, **options):
+    return judge(notebook, GRADED, "ada", "secret", server, **options)
 
 
-@pytest.mark.parametrize("assignment", [name for name in assignments() if name != ASSIGNMENT])
-def test_the_solutions_of_the_others_get_full_marks_too_and_their_releases_none(course, assignment):
-    shutil.copytree(course_root() / "solutions" / assignment, course / "solutions" / assignment)
-    nbgrader("generate_assignment", assignment, cwd=course)
-    release = nbformat.read(course / "assignments" / assignment / f"{assignment}.ipynb", as_version=4)
-    for name, notebook in {"honest": solved(release, assignment), "empty": release}.items():
-        folder = course / "submitted" / name / assignment
-        folder.mkdir(parents=True)
-        nbformat.write(notebook, folder / f"{assignment}.ipynb")
-    nbgrader("autograde", assignment, cwd=course)
-    found = points_in(course, assignment)
-    assert sum(points or 0 for points in found["honest"].values()) == sum(e.points for e in exercises(assignment))
-    assert sum(points or 0 for points in found["empty"].values()) == 0
+def test_solutions_get_everything_and_the_release_nothing(server):
+    full = judged(solved(), server)
+    assert sum(points(full).values()) == AUTOMATIC and full.crashes == []
+    assert sum(points(judged(release(), server)).values()) == 0
 
 
-def test_written_answers_wait_for_a_person(grades):
-    assert {grades["honest"][name] for name in grades["honest"] if name.startswith("written-")} <= {None, 0.0}
+def test_a_submission_leaves_nothing_to_the_next(server):
+    spoil = "import torch, builtins\ntorch.log_softmax = None\nbuiltins.sum = None\nopen('left', 'w').write('x')"
+    judged(with_cell_before(solved(), "solution-dpo_loss", spoil), server)
+    look = "import os\nprint(os.listdir('.'))"
+    notebook = with_cell_before(solved(), "solution-dpo_loss", look)
+    assert sum(points(judged(notebook, server)).values()) == AUTOMATIC
+    assert [c.outputs[0].text for c in notebook.cells if c.source == look] == ["[]\n"]
 
 
-def test_partial_credit_has_a_reason_for_each_case_and_names_the_mistake(course, grades):
-    assert 0 < grades["nobeta"]["dpo_loss"] < 15 and grades["nobeta"]["log_partition"] == 10
-    cell = next(
-        c for c in graded(course, "nobeta").cells if c.metadata.get("nbgrader", {}).get("grade_id") == "dpo_loss"
+@pytest.mark.parametrize(
+    "deadly", ["import os\nos._exit(0)", "import os, signal\nos.kill(os.getpid(), signal.SIGKILL)",
+               "import ctypes\nctypes.string_at(0)"],
+)  # fmt: skip
+def test_a_dead_kernel_costs_the_cell_it_died_in_and_no_other(server, deadly):
+    notebook = with_cell_before(solved(), "solution-dpo_loss", deadly)
+    result = judged(notebook, server)
+    assert sum(points(result).values()) == AUTOMATIC
+    assert [crash["why"] for crash in result.crashes] == ["the kernel died"]
+    assert "died" in next(c for c in notebook.cells if c.source == deadly).outputs[0].evalue
+
+
+def test_a_function_that_kills_the_kernel_costs_its_own_points(server):
+    notebook = solved()
+    cell_of(notebook, "solution-recovered_reward").source = "def recovered_reward(*arguments):\n    import os\n    os._exit(0)"
+    result = judged(notebook, server)
+    of = {e.name: e.points for e in GRADED}
+    assert points(result) == of | {"recovered_reward": 0}
+    assert result.crashes == [{"cell": "recovered_reward", "why": "the kernel died"}]
+    assert "died" in result.scores["recovered_reward"].problem
+
+
+def test_a_cell_that_never_ends_is_interrupted_and_what_it_defined_stays(server):
+    notebook = solved()
+    cell_of(notebook, "solution-dpo_loss").source += "\nwhile True: pass"
+    result = judged(notebook, server)
+    assert sum(points(result).values()) == AUTOMATIC and result.crashes == []
+    assert cell_of(notebook, "solution-dpo_loss").outputs[-1].ename == "TimeoutError"
+
+
+def test_a_cell_that_cannot_be_interrupted_is_given_up(server):
+    stubborn = "import signal\nsignal.signal(signal.SIGINT, signal.SIG_IGN)\nwhile True: pass"
+    notebook = with_cell_before(solved(), "solution-dpo_loss", stubborn)
+    result = judged(notebook, server)
+    assert sum(points(result).values()) == AUTOMATIC
+    assert "could not be interrupted" in result.crashes[0]["why"]
+
+
+def test_the_time_for_a_notebook_ends():
+    with server_for(ASSIGNMENT, Limits(cell_seconds=1, notebook_seconds=2), unsafe=True) as server:
+        notebook = solved()
+        for number in range(5):
+            notebook.cells.insert(2, new_code_cell(f"import time\ntime.sleep(30 + {number})"))
+        result = judged(notebook, server)
+    assert sum(points(result).values()) == 0
+    assert "the time for the whole notebook was up" in {crash["why"] for crash in result.crashes}
+
+
+def test_a_flood_of_output_is_cut_and_costs_nothing(server):
+    flood = "for i in range(100_000): print('x' * 100)"
+    notebook = with_cell_before(solved(), "solution-dpo_loss", flood)
+    assert sum(points(judged(notebook, server)).values()) == AUTOMATIC
+    text = "".join(o.text for o in next(c for c in notebook.cells if c.source == flood).outputs)
+    assert len(text) < 30_000 and "left out" in text
+
+
+def test_a_module_beside_the_notebook_can_be_imported_and_links_are_not_followed(server, tmp_path):
+    (tmp_path / "mine.py").write_text("from math import log\nANSWER = 42\n")
+    (tmp_path / "a4_dpo.ipynb").write_text("{}")
+    (tmp_path / "link.py").symlink_to("/etc/passwd")
+    files = files_beside(tmp_path, "a4_dpo.ipynb")
+    assert list(files) == ["mine.py"]
+    notebook = solved()
+    notebook.cells.insert(2, new_code_cell("import mine\nmine.ANSWER"))
+    judged(notebook, server, files=files)
+    assert notebook.cells[2].outputs[0].data["text/plain"] == "42"
+
+
+def test_what_a_notebook_shows_is_kept_as_text_errors_and_pictures(server):
+    sources = [
+        "print('one'); 6 * 7",
+        "1 / 0",
+        "from IPython.display import HTML, display\ndisplay(HTML('<script>alert(1)</script>'))",
+        "%matplotlib inline\nimport matplotlib.pyplot as plt\nplt.plot([1, 2]);",
+        "import asyncio\nawait asyncio.sleep(0)\n'done'",
+        "!echo hello",
+        "exit()",
+        "input()",
+        "this is no python",
+    ]
+    notebook = release()
+    notebook.cells[2:2] = [new_code_cell(source) for source in sources]
+    judged(notebook, server)
+    value, error, shown, figure, waited, _, _, asked, syntax = (c.outputs for c in notebook.cells[2:11])
+    assert value[0].text == "one\n" and value[1].data["text/plain"] == "42"
+    assert error[0].ename == "ZeroDivisionError" and any("1 / 0" in line for line in error[0].traceback)
+    assert "script" not in json.dumps([o.data for o in shown])
+    assert any("image/png" in output.get("data", {}) for output in figure)
+    assert waited[0].data["text/plain"] == "'done'"
+    assert asked[0].output_type == "error" and syntax[0].ename == "SyntaxError"
+    nbformat.validate(notebook)
+
+
+def test_only_harmless_outputs_are_kept():
+    says = [
+        {"output_type": "display_data", "data": {"text/html": "<script>", "image/svg+xml": "<svg>", "text/plain": "t"}},
+        {"output_type": "display_data", "data": {"image/png": '"><script>', "text/plain": "u"}},
+        {"output_type": "stream", "name": "<b>", "text": "\ud800"},
+        {"output_type": "error", "ename": 1, "evalue": None, "traceback": "x"},
+        {"output_type": "evil"},
+        {},
+    ]
+    kept = kept_outputs(says)
+    assert [o.output_type for o in kept] == ["display_data", "display_data", "stream", "error"]
+    assert set(kept[0].data) == set(kept[1].data) == {"text/plain"}
+    assert kept[2].name == "stdout"
+    json.dumps(kept).encode("utf-8")
+
+
+def test_pictures_have_a_limit_for_the_notebook():
+    notebook = nbformat.v4.new_notebook(cells=[new_code_cell("") for _ in range(3)])
+    for cell in notebook.cells:
+        picture = {"output_type": "display_data", "data": {"image/png": "A" * (PICTURES_KEPT // 2 - 1)}}
+        cell.outputs = kept_outputs([picture])
+    limit_pictures(notebook)
+    assert ["image/png" in cell.outputs[0].data for cell in notebook.cells] == [True, True, False]
+
+
+def test_a_wrong_answer_says_which_case_and_names_the_mistake(server):
+    notebook = each_solution(
+        release(), lambda name: solutions()[f"solution-{name}"].replace("h = beta * ", "h = ") if name else ""
     )
-    page = cell.outputs[0]["data"]["text/html"]
-    assert "beta is missing." in page and page.count("&#10007;") + page.count("&#10003;") == 9
-    assert "Expected:" in page and "(hidden)" in page
-    assert float(cell.outputs[1]["data"]["text/plain"]) == grades["nobeta"]["dpo_loss"]
-
-
-def test_hidden_cases_are_in_no_notebook_and_no_feedback(course):
-    nbgrader("generate_feedback", ASSIGNMENT, "--student=nobeta", cwd=course)
-    page = (course / "feedback" / "nobeta" / ASSIGNMENT / f"{ASSIGNMENT}.html").read_text(encoding="utf-8")
-    release = (course / "assignments" / ASSIGNMENT / f"{ASSIGNMENT}.ipynb").read_text(encoding="utf-8")
-    notebook = (course / "autograded" / "nobeta" / ASSIGNMENT / f"{ASSIGNMENT}.ipynb").read_text(encoding="utf-8")
-    secret = course_secret(course / ".course" / "grading-secret")
-    hidden = [c for e in exercises(ASSIGNMENT) for c in e.cases if not c.visible]
-    assert len(hidden) > 20
-    for text in (page, release, notebook):
-        assert secret not in text and '"bits"' not in text and "_answer(" not in text
-
-
-def test_experiments_are_not_run_and_cells_keep_their_source(course):
-    for cell in graded(course, "honest").cells:
-        name = cell.metadata.get("nbgrader", {}).get("grade_id", "")
-        if name.startswith(("experiment-", "check-")):
-            assert cell.outputs == []
-        if name == "dpo_loss":
-            assert 'grade("dpo_loss", dpo_loss)' in cell.source
-
-
-def test_grading_again_gives_the_same(course, grades):
-    from nbgrader.api import Gradebook
-
-    nbgrader("autograde", ASSIGNMENT, "--student=nobeta", "--force", cwd=course)
-    with Gradebook(f"sqlite:///{course}/gradebook.db", "cs336_alignment") as gradebook:
-        submission = gradebook.find_submission(ASSIGNMENT, "nobeta")
-        again = {grade.name: grade.auto_score for notebook in submission.notebooks for grade in notebook.grades}
-    assert again == grades["nobeta"]
+    result = judged(notebook, server)
+    assert 0 < points(result)["dpo_loss"] < 15 and points(result)["log_partition"] == 10
+    assert "beta is missing." in result.scores["dpo_loss"].hint
 
 
 # ------------------------------------------------------------------------------------------ the parts
@@ -264,19 +203,20 @@ def test_grading_again_gives_the_same(course, grades):
 
 def test_a_probe_holds_inputs_and_nothing_else():
     of = exercise("dpo_loss")
-    text = probe_source(of, case_seeds(of, "secret", "ada"))
+    text = json.dumps(probe(of, case_seeds(of, "secret", "ada")))
     assert "expected" not in text and "tolerance" not in text and "logsigmoid" not in text
 
 
 @pytest.mark.parametrize(
     "data",
-    ["not json", "[[{}]]", "[1]", "null", '[[{"value": {"tensor": "float32", "shape": [9], "bits": "AA=="}}]]',
-     '[[{"value": {"tensor": "evil", "shape": [], "bits": ""}}]]', 7, {"a": 1}, "[" * 5000],
+    ["not json", [{}], [1], None, [{"value": {"tensor": "float32", "shape": [9], "bits": "AA=="}}],
+     [{"value": {"tensor": "evil", "shape": [], "bits": ""}}], 7, {"a": 1}, [{"value": {"sgd": 1, "of": 0}}],
+     [{"value": {"model": {"float": "0x1p0"}}, "changed": []}], [{"value": 1, "changed": []}] * 1000,
+     [{"value": {"tensor": "float32", "shape": [10**12], "bits": "AAAAAAAA8D8="}}]],
 )  # fmt: skip
 def test_answers_that_cannot_be_read_earn_nothing_and_break_nothing(data):
     of = exercise("implicit_reward")
-    answers = read_answers([new_output("display_data", {ANSWERS: data})])
-    result = score(of, answers, case_seeds(of, "s", "ada"), "unreadable")
+    result = score(of, read_answers([data]), case_seeds(of, "s", "ada"), "unreadable")
     assert result.points == 0
     assert "implicit_reward" in report(result)
 

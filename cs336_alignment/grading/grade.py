@@ -1,0 +1,320 @@
+"""`course.py grade a4_dpo`: a batch of submissions, with several workers and one writer.
+
+Each worker is a thread with a sandboxed server of its own: it reads what a student sent, runs it, judges it. The main
+thread writes each result as it comes: the gradebook first, then the graded notebook with its `report.json`. A
+submission whose report is there for what now lies in its folder is finished. So the batch can be stopped at any moment,
+by Ctrl-C or for good, and goes on with what is not finished.
+"""
+
+import contextlib
+import hashlib
+import json
+import os
+import queue
+import shutil
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor, as_completed
+from dataclasses import dataclass, field
+from datetime import UTC, datetime
+from pathlib import Path
+
+import nbformat
+from nbformat import NotebookNode
+from tqdm import tqdm
+
+from cs336_alignment.grading.autograde import SECRET, server_for
+from cs336_alignment.grading.exercise import exercises
+from cs336_alignment.grading.gradebook import Writer, in_course
+from cs336_alignment.grading.judge import course_secret, files_beside, grade_id, judge
+from cs336_alignment.grading.rescue import rescue
+from cs336_alignment.grading.rescue_files import look
+from cs336_alignment.grading.sandbox import LIMITS, Limits, Server
+from cs336_alignment.grading.score import Score
+from cs336_alignment.paths import PACKAGE
+
+REPORT = "report.json"
+
+
+@dataclass(frozen=True)
+class Graded:
+    """What became of a submission."""
+
+    student: str
+    notebook: NotebookNode
+    report: dict  # what report.json holds
+
+    @property
+    def points(self) -> float:
+        return sum(exercise["points"] for exercise in self.report["exercises"].values())
+
+
+@dataclass
+class Batch:
+    """What a run of `grade` did."""
+
+    graded: list[Graded] = field(default_factory=list)
+    finished: list[str] = field(default_factory=list)  # graded before, and nothing new came
+    older: list[str] = field(default_factory=list)  # of them, those graded with other cases than today's
+    failed: dict[str, str] = field(default_factory=dict)  # our own errors: student, what happened
+
+
+def grade_assignment(
+    root: Path,
+    assignment: str,
+    students: Sequence[str] = (),
+    only: Sequence[str] = (),
+    jobs: int | None = None,
+    force: bool = False,
+    unsafe: bool = False,
+    limits: Limits = LIMITS,
+    say: Callable[[str], None] = tqdm.write,
+) -> Batch:
+    """Grades what lies in `root`/submitted/STUDENT/`assignment`/ and is not graded yet.
+
+    students: these alone, graded again. only: these exercises alone, graded again; the rest of a graded notebook stays.
+    jobs: how many at a time, by default one for each core. force: everything again. say: takes a line for each result.
+    Raises: ValueError for an assignment, student or exercise that is not there, or if another `grade` is running;
+    NoSandbox if there is no sandbox and `unsafe` was not said.
+    """
+    chosen = [e for e in exercises(assignment) if not e.optional]
+    unknown = sorted(set(only) - {exercise.name for exercise in chosen})
+    if unknown:
+        raise ValueError(f"{assignment} has no exercise {unknown[0]!r}; it has {', '.join(e.name for e in chosen)}")
+    chosen = [e for e in chosen if not only or e.name in only]
+    found = submissions(root, assignment)
+    missing = sorted(set(students) - set(found))
+    if missing:
+        raise ValueError(f"there is no {root / 'submitted' / missing[0] / assignment}")
+    if not found:
+        raise ValueError(
+            f"there is nothing to grade: submissions belong in {root / 'submitted'}/STUDENT/{assignment}/ "
+            "(`course.py collect` puts the export of a learning system there)"
+        )
+    batch = Batch()
+    with only_one(root), Writer(root, assignment) as writer:
+        todo = []
+        for student in students or found:
+            report = read_report(root, assignment, student) if writer.has(student) else None
+            known = report is not None and report.get("digest") == digest(root, assignment, student)
+            if only and not known:
+                say(f"{student}: graded whole, since this submission was not graded yet")
+            if known and not (force or students or only):
+                batch.finished.append(student)
+                if report.get("code") != code_digest():
+                    batch.older.append(student)
+                continue
+            todo.append((student, [e.name for e in chosen] if only and known else []))
+        if todo:
+            run_batch(root, assignment, todo, jobs or os.cpu_count() or 1, unsafe, limits, say, writer, batch)
+    return batch
+
+
+def run_batch(root, assignment, todo, jobs, unsafe, limits, say, writer, batch) -> None:
+    """Workers grade, this thread writes."""
+    releases = {path.stem: nbformat.read(path, as_version=4)
+                for path in in_course(root, "assignments").glob("*/*.ipynb")}  # fmt: skip
+    secret = course_secret(root / SECRET)
+    jobs = min(jobs, len(todo))
+    servers: queue.SimpleQueue[Server] = queue.SimpleQueue()
+    made = [server_for(assignment, limits, unsafe, number) for number in range(jobs)]  # raises before any thread
+    for server in made:
+        servers.put(server)
+
+    def work(student: str, only: list[str]) -> Graded:
+        server = servers.get()
+        try:
+            return grade_one(root, assignment, student, only, releases, secret, server)
+        finally:
+            servers.put(server)
+
+    tqdm.monitor_interval = 0  # no thread of tqdm's own
+    pool = ThreadPoolExecutor(jobs, thread_name_prefix="grade")
+    try:
+        tasks = {pool.submit(work, *task): task for task in todo}
+        with tqdm(total=len(todo), unit="submission", desc=assignment, smoothing=0.05) as bar:
+            for task in as_completed(tasks):
+                student, only = tasks[task]
+                try:
+                    result = task.result()
+                    keep(root, assignment, result, only, writer)
+                except Exception as error:  # ours, or the disk's: the others must not suffer
+                    batch.failed[student] = f"{type(error).__name__}: {error}"
+                    say(f"{student}: NOT GRADED: {batch.failed[student]}")
+                else:
+                    batch.graded.append(result)
+                    say(line(result))
+                bar.update()
+    finally:
+        pool.shutdown(wait=False, cancel_futures=True)
+        for server in made:
+            server.close()
+        pool.shutdown()
+
+
+def grade_one(
+    root: Path, assignment: str, student: str, only: list[str], releases: dict[str, NotebookNode], secret: str,
+    server: Server,
+) -> Graded:  # fmt: skip
+    """A submission, read, run and judged. Nothing is written."""
+    folder = root / "submitted" / student / assignment
+    others = {name: release for name, release in releases.items() if name != assignment}
+    rescued = rescue(folder, releases[assignment], others)
+    graded = [e for e in exercises(assignment) if not e.optional and (not only or e.name in only)]
+    judged = judge(rescued.notebook, graded, student, secret, server, files_beside(folder, rescued.file))
+    report = {
+        "student": student,
+        "assignment": assignment,
+        "file": rescued.file,
+        "digest": rescued.digest,
+        "code": code_digest(),
+        "graded_at": datetime.now(UTC).isoformat(timespec="seconds"),
+        "seconds": round(judged.seconds, 3),
+        "cpu_seconds": round(judged.cpu_seconds, 3),
+        "findings": list(rescued.findings),
+        "crashes": judged.crashes,
+        "exercises": {name: exercise_report(score) for name, score in judged.scores.items()},
+    }
+    return Graded(student, rescued.notebook, report)
+
+
+def exercise_report(score: Score) -> dict:
+    """An exercise as report.json has it. What a hidden case was given and what it wanted is not in it."""
+    cases = [
+        {
+            "name": verdict.case.name,
+            "points": verdict.points,
+            "of": verdict.case.points,
+            "visible": verdict.case.visible,
+            "right": verdict.wrong is None,
+            "why": verdict.why,
+            "expects": verdict.case.expects,
+        }
+        for verdict in score.verdicts
+    ]
+    return {"points": score.points, "of": score.exercise.points, "hint": score.hint, "problem": score.problem,
+            "cases": cases}  # fmt: skip
+
+
+def line(graded: Graded) -> str:
+    """A result on one line."""
+    of = sum(exercise["of"] for exercise in graded.report["exercises"].values())
+    text = f"{graded.student}: {graded.points:g} of {of:g}, {graded.report['seconds']:.1f} s"
+    notes = graded.report["findings"] + [f"cell {c['cell']}: {c['why']}" for c in graded.report["crashes"]]
+    return text + "".join(f"\n    {note}" for note in notes)
+
+
+def summary(batch: Batch) -> str:
+    """What a run did, in a few lines."""
+    lines = [f"{len(batch.graded)} graded, {len(batch.finished)} were graded before"]
+    if batch.older:
+        lines.append(f"{len(batch.older)} of them with other cases than today's; --force grades them again")
+    odd = [graded.student for graded in batch.graded if graded.report["findings"] or graded.report["crashes"]]
+    if odd:
+        lines.append(f"{len(odd)} with something to look at: {', '.join(odd)}")
+    if batch.failed:
+        lines.append(f"{len(batch.failed)} NOT GRADED, by an error of ours: {', '.join(batch.failed)}")
+    return "\n".join(lines)
+
+
+# -------------------------------------------------------------------------------------------------- keeping
+
+
+def keep(root: Path, assignment: str, graded: Graded, only: Sequence[str], writer: Writer) -> None:
+    """Writes a result: points, then the graded notebook. Killed in between, the submission counts as not graded."""
+    timestamp = read_timestamp(root / "submitted" / graded.student / assignment)
+    points = {name: exercise["points"] for name, exercise in graded.report["exercises"].items()}
+    writer.write(graded.student, graded.notebook, points, timestamp, only or None)
+    folder = graded_folder(root, assignment, graded.student)
+    report, notebook = graded.report, graded.notebook
+    if only:
+        report, notebook = merged(folder, graded, only)
+        graded.report.update(report)
+    part = folder.with_name(f".{assignment}.part")
+    shutil.rmtree(part, ignore_errors=True)
+    part.mkdir(parents=True)
+    nbformat.write(notebook, part / f"{assignment}.ipynb")
+    (part / REPORT).write_text(json.dumps(report, indent=1), encoding="utf-8")
+    if timestamp:
+        (part / "timestamp.txt").write_text(timestamp + "\n", encoding="utf-8")
+    if folder.exists():
+        old = folder.with_name(f".{assignment}.old")
+        shutil.rmtree(old, ignore_errors=True)
+        folder.rename(old)
+        shutil.rmtree(old, ignore_errors=True)
+    part.rename(folder)
+
+
+def merged(folder: Path, graded: Graded, only: Sequence[str]) -> tuple[dict, NotebookNode]:
+    """The report and the notebook that were there, with some exercises graded anew."""
+    report = json.loads((folder / REPORT).read_text(encoding="utf-8"))
+    report["exercises"] |= graded.report["exercises"]
+    report["graded_at"] = graded.report["graded_at"]
+    notebook = nbformat.read(folder / f"{graded.report['assignment']}.ipynb", as_version=4)
+    new = {grade_id(cell): cell for cell in graded.notebook.cells}
+    for cell in notebook.cells:
+        if grade_id(cell) in only:
+            cell.outputs = new[grade_id(cell)].outputs
+    return report, notebook
+
+
+def graded_folder(root: Path, assignment: str, student: str) -> Path:
+    return root / "autograded" / student / assignment
+
+
+def read_report(root: Path, assignment: str, student: str) -> dict | None:
+    """The report of a graded submission; None if there is none."""
+    try:
+        return json.loads((graded_folder(root, assignment, student) / REPORT).read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return None
+
+
+def read_timestamp(folder: Path) -> str | None:
+    """When a submission came in, if its folder says so. A file that says nothing sensible says nothing."""
+    from nbgrader.utils import parse_utc
+
+    path = folder / "timestamp.txt"
+    if path.is_symlink() or not path.is_file() or path.stat().st_size > 1000:
+        return None
+    text = path.read_text(encoding="utf-8", errors="replace").strip()
+    try:
+        parse_utc(text)
+    except (ValueError, OverflowError):
+        return None
+    return text
+
+
+def submissions(root: Path, assignment: str) -> list[str]:
+    """The students who have a folder for the assignment."""
+    return sorted(path.parent.name for path in (root / "submitted").glob(f"*/{assignment}"))
+
+
+def digest(root: Path, assignment: str, student: str) -> str:
+    """Changes if and only if what a student handed in does."""
+    return look(root / "submitted" / student / assignment, assignment).digest
+
+
+def code_digest() -> str:
+    """Changes with the cases and how they are judged."""
+    digest = hashlib.sha256()
+    for path in sorted((PACKAGE / "grading").rglob("*.py")):
+        if path.parent.name == "exercises" or path.name in ("compare.py", "exercise.py", "inputs.py", "score.py"):
+            digest.update(path.read_bytes())
+    return digest.hexdigest()[:16]
+
+
+@contextlib.contextmanager
+def only_one(root: Path) -> Iterator[None]:
+    """Two that write to one gradebook would undo each other. The lock goes with the process."""
+    path = root / ".course" / "grading.lock"
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with path.open("a") as file:
+        try:
+            import fcntl
+
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except ImportError:  # Windows
+            pass
+        except OSError:
+            raise ValueError(f"another `grade` is running in {root}: wait for it, or stop it") from None
+        yield

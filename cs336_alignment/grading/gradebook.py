@@ -1,0 +1,138 @@
+"""The one who writes to the gradebook: what nbgrader's own preprocessors would write, for a batch.
+
+Only grades and comments are written that grading is responsible for: points and comments given by hand stay as they
+are. A submission is written in one transaction: it is in the gradebook with all its points, or not at all.
+"""
+
+import os
+import sys
+import tempfile
+import warnings
+from collections.abc import Collection
+from pathlib import Path
+
+import nbformat
+from nbformat import NotebookNode
+from nbgrader import utils
+from nbgrader.api import Gradebook, MissingEntry
+from nbgrader.converters import GenerateAssignment
+from nbgrader.converters.base import NbGraderException
+from nbgrader.coursedir import CourseDirectory
+from sqlalchemy.exc import SAWarning
+from traitlets.config import Config
+from traitlets.config.loader import PyFileConfigLoader
+
+from cs336_alignment.grading.late import LateDays, read_extensions
+from cs336_alignment.paths import course_root
+
+COURSE = "cs336_alignment"
+
+
+def configuration(root: Path) -> Config:
+    """nbgrader_config.py of a course folder, or the checkout's."""
+    folder = root if (root / "nbgrader_config.py").is_file() else course_root()
+    config = PyFileConfigLoader("nbgrader_config.py", path=str(folder)).load_config()
+    config.CourseDirectory.root = str(root)
+    return config
+
+
+def in_course(root: Path, *parts: str) -> Path:
+    """A file of a course folder; where it has none, the checkout's."""
+    path = root.joinpath(*parts)
+    return path if path.exists() else course_root().joinpath(*parts)
+
+
+class Writer:
+    """An open gradebook. Use it as a context."""
+
+    def __init__(self, root: Path, assignment: str):
+        """Adds the assignment to the gradebook if it is not there. Raises: ValueError if it cannot be."""
+        # nbgrader calls a program of its own that lies beside Python, and makes SQLAlchemy complain of how it adds rows.
+        os.environ["PATH"] = os.pathsep.join([str(Path(sys.executable).parent), os.environ.get("PATH", os.defpath)])
+        warnings.filterwarnings("ignore", message="Object of type .* not in session", category=SAWarning)
+        self.root, self.assignment, self.config = root, assignment, configuration(root)
+        self.extensions = read_extensions(root / LateDays(config=self.config).extensions_file)
+        self.book = Gradebook(f"sqlite:///{root}/gradebook.db", COURSE)
+        try:
+            if not self.is_current():
+                self.add_assignment()
+        except BaseException:
+            self.book.close()
+            raise
+
+    def __enter__(self) -> "Writer":
+        return self
+
+    def __exit__(self, *error) -> None:
+        self.book.close()
+
+    def is_current(self) -> bool:
+        """Whether the gradebook knows the release's cells as they are."""
+        try:
+            notebook = self.book.find_notebook(self.assignment, self.assignment)
+        except MissingEntry:
+            return False
+        return {cell.name: cell.checksum for cell in notebook.source_cells} == self.checksums()
+
+    def checksums(self) -> dict[str, str]:
+        path = in_course(self.root, "assignments", self.assignment, f"{self.assignment}.ipynb")
+        cells = [cell.metadata.get("nbgrader", {}) for cell in nbformat.read(path, as_version=4).cells]
+        return {cell["grade_id"]: cell["checksum"] for cell in cells if "checksum" in cell}
+
+    def add_assignment(self) -> None:
+        """What `nbgrader generate_assignment` does, but the release that it makes is thrown away."""
+        with tempfile.TemporaryDirectory() as folder:
+            config = self.config.copy()
+            config.CourseDirectory.root = str(self.root)
+            config.CourseDirectory.source_directory = str(in_course(self.root, "solutions"))
+            config.CourseDirectory.release_directory = str(Path(folder).resolve())
+            config.CourseDirectory.assignment_id = self.assignment
+            config.GenerateAssignment.create_assignment = True
+            try:
+                GenerateAssignment(coursedir=CourseDirectory(config=config), config=config).start()
+            except NbGraderException as error:
+                raise ValueError(
+                    f"the gradebook and solutions/{self.assignment} do not agree, and nbgrader cannot mend it: {error} "
+                    "(Exercises cannot be added or taken away once submissions are graded.)"
+                ) from None
+        self.book.db.expire_all()
+
+    def has(self, student: str) -> bool:
+        """Whether a submission of the student is in the gradebook, graded."""
+        try:
+            return bool(self.book.find_submission(self.assignment, student).notebooks)
+        except MissingEntry:
+            return False
+
+    def write(
+        self, student: str, notebook: NotebookNode, points: dict[str, float], timestamp: str | None,
+        only: Collection[str] | None = None,
+    ) -> None:  # fmt: skip
+        """Writes what a graded notebook earned.
+
+        points: by exercise; points cells that are not in it get 0. only: the cells to write, if not all.
+        """
+        book = self.book
+        book.update_or_create_student(student)
+        book.update_or_create_submission(self.assignment, student, **({"timestamp": timestamp} if timestamp else {}))
+        submitted = book.find_submission_notebook(self.assignment, self.assignment, student)
+        grades = {grade.cell.name: grade for grade in submitted.grades}
+        comments = {comment.cell.name: comment for comment in submitted.comments}
+        for cell in notebook.cells:
+            name = cell.metadata.get("nbgrader", {}).get("grade_id")
+            if name is None or (only is not None and name not in only):
+                continue
+            if utils.is_grade(cell):
+                by_hand = cell.cell_type != "code" or utils.is_solution(cell)
+                score = utils.determine_grade(cell)[0] if by_hand else points.get(name, 0.0)
+                grade = grades[name]
+                grade.auto_score = score
+                grade.needs_manual_grade = grade.manual_score is not None or score is None
+            if utils.is_solution(cell) and name in comments:
+                same = cell.metadata.nbgrader.get("checksum") == utils.compute_checksum(cell)
+                comments[name].auto_comment = "No response." if same else None
+        book.db.commit()
+        late = LateDays(config=self.config)
+        if late.percent_per_day:
+            late.settle(book, student, self.extensions)
+        book.db.expire_all()
