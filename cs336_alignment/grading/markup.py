@@ -34,7 +34,7 @@ ATTRIBUTES = frozenset(
 SIMPLE = re.compile(r"[A-Za-z0-9 .%-]{1,24}")  # what an attribute's value may look like
 # Control characters, and those that turn the direction of text: with them code can look like other code.
 INVISIBLE = re.compile(
-    "[\x00-\x08\x0b\x0c\x0e-\x1f\x7f-\x9f\u200b-\u200f\u202a-\u202e\u2060-\u206f\ufeff\ufff9-\ufffb]"
+    "[\x00-\x08\x0b\x0c\x0e-\x1f\x7f-\x9f\u200b\u200e\u200f\u202a-\u202e\u2060-\u206f\ufeff\ufff9-\ufffb]"
 )
 COLOURS = re.compile(r"\x1b\[[0-9;?]*[ -/]*[@-~]|\x1b\][^\x07]*(?:\x07|\x1b\\)|\x1b.")  # a terminal's
 
@@ -119,17 +119,17 @@ def rich_text(markdown: str) -> Markup:
 
 
 def sentence(text: str) -> Markup:
-    """A sentence of ours, with `code` and $formulas$ in it."""
-    parts = re.split(r"(`[^`]+`|\$[^$]+\$)", plain(text))
-    made = [
-        Markup("<code>{}</code>").format(part[1:-1])
-        if part.startswith("`") and len(part) > 2
-        else formula(part[1:-1])
-        if part.startswith("$") and len(part) > 2
-        else escape(part)
-        for part in parts
-    ]
-    return Markup("").join(made)
+    """A sentence of ours, with `code`, $formulas$ and *stress* in it."""
+
+    def made(part: str) -> Markup:
+        inside = part[1:-1]
+        if part.startswith("`") and inside:
+            return Markup("<code>{}</code>").format(inside)
+        if part.startswith("$") and inside:
+            return formula(inside)
+        return Markup("<em>{}</em>").format(inside) if re.fullmatch(r"\*\w+\*", part) else escape(part)
+
+    return Markup("").join(map(made, re.split(r"(`[^`]+`|\$[^$]+\$|(?<!\w)\*\w+\*(?!\w))", plain(text))))
 
 
 # ----------------------------------------------------------------------------------------------- code
