@@ -68,7 +68,7 @@ def decoded(data: bytes) -> tuple[str, str]:
 
 
 def cells_in(value: Any, depth: int = 0) -> list | None:
-    """The list of cells in a parsed file: of nbformat 4 and 3, of Jupyter's own transfer format, or bare."""
+    """The list of cells in a parsed file: of nbformat 4 and 3, bare, or within something else."""
     if isinstance(value, list):
         return value if any(is_cell(item) for item in value) else None
     if not isinstance(value, dict) or depth > 3:
@@ -82,7 +82,7 @@ def cells_in(value: Any, depth: int = 0) -> list | None:
     if isinstance(sheets, list):
         lists = [sheet.get("cells") for sheet in sheets if isinstance(sheet, dict)]
         return [cell for cells in lists if isinstance(cells, list) for cell in cells]
-    inner = (cells_in(value.get(key), depth + 1) for key in ("content", "notebook", "data"))
+    inner = (cells_in(item, depth + 1) for item in value.values())
     return next((cells for cells in inner if cells is not None), None)
 
 
@@ -131,10 +131,10 @@ def pieces_of(cells: list) -> Reading:
     found = [piece(cell) for cell in cells if isinstance(cell, dict)]
     remarks = []
     if len(found) < len(cells):
-        remarks.append(f"has {len(cells) - len(found)} entries that are no cells; they were left out")
+        remarks.append(f"has among its cells what is no cell ({len(cells) - len(found)} times); it was left out")
     short = [p for p in found if len(p.source) <= LONGEST_SOURCE]
     if len(short) < len(found):
-        remarks.append(f"has {len(found) - len(short)} cells of more than {LONGEST_SOURCE:,} characters, left out")
+        remarks.append(f"has cells of more than {LONGEST_SOURCE:,} characters ({len(found) - len(short)}), left out")
     if len(short) > MOST_CELLS:
         remarks.append(f"has {len(short):,} cells; only the first {MOST_CELLS:,} were graded")
     return Reading(short[:MOST_CELLS], remarks)
@@ -217,13 +217,17 @@ def source_lines(text: str) -> str:
         return unescaped(whole[1] if whole else text[1:].split("\n")[0])
     body, lines = text[1:], []
     if body.lstrip(" ").startswith(("\n", "\r")):
-        for line in body.split("\n")[1:]:
-            line = line.strip()
-            if line.startswith(("]", "}")) or not line:
+        rows = body.split("\n")[1:]
+        indent = len(rows[0]) - len(rows[0].lstrip()) if rows else 0
+        for row in rows:
+            inner = row.rstrip().removesuffix(",").rstrip()
+            if inner.lstrip().startswith(("]", "}")):
                 break
-            line = line.removesuffix(",").strip()
-            lines.append(unescaped(line[line.startswith('"') : len(line) - line.endswith('"')]))
-            # A line whose end is lost ends here all the same.
+            # Where the first quote is lost, the spaces behind it belong to the code.
+            inner = inner.lstrip()[1:] if inner.lstrip().startswith('"') else inner[indent:]
+            closed = inner.endswith('"') and not inner.endswith('\\"')
+            lines.append(unescaped(inner[:-1] if closed else inner))
+        # A line whose end is lost ends here all the same.
         return "".join(line if line.endswith("\n") else f"{line}\n" for line in lines).removesuffix("\n")
     position = 0
     while match := STRING.match(body, position):
@@ -336,7 +340,7 @@ def repaired(text: str, worth: Worth) -> Reading:
     cells, in_part = salvaged(text)
     reading = pieces_of(cells)
     if reading.pieces:
-        damage = f"is damaged (it is not valid JSON); {len(reading.pieces)} cells could be read"
+        damage = f"is damaged (it is not valid JSON); cells that could be read: {len(reading.pieces)}"
         damage += f", {in_part} of them perhaps in part" if in_part else ""
         return Reading(reading.pieces, [damage, *reading.remarks])
     start = text.lstrip()[:1000].casefold()

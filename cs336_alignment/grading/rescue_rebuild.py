@@ -12,7 +12,6 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 
 from nbformat import NotebookNode
-from nbformat.v4 import new_code_cell, new_markdown_cell, new_raw_cell
 
 from cs336_alignment.grading.rescue_names import additions, spoils, strength
 from cs336_alignment.grading.rescue_read import Piece
@@ -117,12 +116,10 @@ def released(plan: Plan, key: str, source: str | None = None) -> NotebookNode:
 
 def ordinary(piece: Piece) -> NotebookNode:
     """A student's own cell, with nothing but its text."""
+    cell = NotebookNode(id=piece.name, cell_type=piece.kind, metadata=NotebookNode(), source=piece.source)
     if piece.kind == "code":
-        return new_code_cell(piece.source, id=piece.name)
-    if piece.kind == "raw":
-        return new_raw_cell(piece.source, id=piece.name)
-    cell = new_markdown_cell(piece.source, id=piece.name)
-    if piece.attachments:
+        cell |= {"outputs": [], "execution_count": None}
+    elif piece.attachments:
         cell.attachments = NotebookNode(piece.attachments)
     return cell
 
@@ -200,7 +197,7 @@ def locked_line(plan: Plan, key: str, piece: Piece, findings: list[str]) -> list
         findings.append(f"{what}.")
         return [place]
     findings.append(f"{what}, and what you defined in it stands in a cell beside it.")
-    own = Item("", new_code_cell(mine, id=""))
+    own = Item("", ordinary(Piece("code", mine)))
     return [place, own] if key in plan.setup else [own, place]
 
 
@@ -343,9 +340,7 @@ def remarks_on_locked(plan: Plan, pieces: list[Piece]) -> list[str]:
         remarks.append(f"The points of cells were changed ({', '.join(points)}); they count as released.")
     unknown = [p for p in pieces if isinstance(p.grader.get("grade_id"), str) and not plan.key(p)]
     if unknown:
-        remarks.append(
-            f"{len(unknown)} cells have nbgrader ids that are not of this assignment; they count as ordinary."
-        )
+        remarks.append(f"Cells with nbgrader ids that are not of this assignment count as ordinary ({len(unknown)}).")
     return remarks
 
 
