@@ -362,14 +362,8 @@ class Session:
 
     def look_at_memory(self) -> None:
         """Raises: Died if the processes of the submission together hold too much."""
-        held = 0
-        for process in psutil.Process(self.server.process.pid).children(recursive=True):
-            try:
-                memory = process.memory_info()
-                held += memory.rss - memory.shared
-            except psutil.Error:
-                continue
-        if held > self.limits.memory:
+        processes = psutil.Process(self.server.process.pid).children(recursive=True)
+        if held(processes) > self.limits.memory and held(processes, shared=True) > self.limits.memory:
             raise Died(f"it took more than {self.limits.memory / GB:g} GB of memory")
 
     def end(self) -> None:
@@ -388,6 +382,18 @@ class Session:
             self.cpu_seconds += float(said.rpartition(kernel.STOPPED)[2])
         except OSError:  # it resists, or its server went down with it: the next submission gets another
             self.server.stop()
+
+
+def held(processes: Sequence[psutil.Process], shared: bool = False) -> int:
+    """Bytes of memory that some processes hold. shared: what several hold is counted once, which takes longer."""
+    total = 0
+    for process in processes:
+        try:
+            memory = process.memory_full_info() if shared else process.memory_info()
+            total += memory.pss if shared else memory.rss - memory.shared
+        except psutil.Error:  # it has ended, or may not be looked at: the server
+            continue
+    return total
 
 
 def understood(line: bytes) -> dict:
