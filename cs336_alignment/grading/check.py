@@ -74,7 +74,7 @@ def examine(exercise: dict, function: Callable) -> tuple[str, bool]:
                 if NOT_HERE in result["message"]:
                     return f"{name} calls the package's own function: {result['message']}.", False
                 return f"{name} is not written yet: it raises NotImplementedError.", False
-        results.append(decode_results(encode_results(found)))
+        results.append(decode_results(encode_results(found)))  # as the judge gets them: the same types compare alike
     wrong = [compare(exercise, case, found, case["expected"]) for case, found in zip(exercise["cases"], results)]
     report = as_text(exercise, wrong, known_mistake(exercise, results, wrong))
     for other in broken_helpers(exercise, function) if any(wrong) else []:

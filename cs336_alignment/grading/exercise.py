@@ -54,7 +54,7 @@ class Exercise:
     name: str  # of the function
     assignment: str
     order: int  # within the assignment
-    points: float  # the sum of the cases'
+    points: float  # the sum of the cases'; 0 makes the exercise optional
     minutes: int
     lecture: str  # file name of the lecture without suffix
     equation: str  # "12.6"
@@ -65,7 +65,11 @@ class Exercise:
     wrong: tuple[Callable, ...] = ()  # further wrong implementations, without a hint of their own
     unusual: tuple[Callable, ...] = ()  # right implementations that look different
     stripped: tuple[str, ...] = ()  # "dpo.dpo_loss": what a student's kernel must not find in the package
-    optional: bool = False  # only checked, never graded
+
+    @property
+    def optional(self) -> bool:
+        """Only checked, never graded."""
+        return self.points == 0
 
     def results(self, function: Callable, case: Case, calls: list[tuple]) -> list[dict]:
         return run_calls(function, calls, case.gradients, case.after)

@@ -47,7 +47,6 @@ EXERCISE = Exercise(
     equation="10.26",
     parameters=("log_probs", "old_log_probs"),
     reference=effective_sample_size,
-    optional=True,
     cases=(
         Case(
             "some responses",

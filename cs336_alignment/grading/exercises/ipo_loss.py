@@ -58,5 +58,4 @@ EXERCISE = Exercise(
         ),
     ),
     unusual=(lambda pc, pr, rc, rr, beta: torch.square(pc - pr - rc + rr - 0.5 / beta).sum() / len(pc),),
-    optional=True,
 )

@@ -99,5 +99,4 @@ EXERCISE = Exercise(
         ),
     ),
     unusual=(with_tensors,),
-    optional=True,
 )
