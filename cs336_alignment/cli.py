@@ -287,6 +287,57 @@ def grade(
 
 
 @app.command()
+def collect(
+    assignment: Annotated[str, typer.Argument(help="Such as a4_dpo.")],
+    export: Annotated[Path, typer.Argument(help="A folder or zip from Canvas, Moodle, Blackboard, Gradescope or mail.")],
+    students: Annotated[
+        Path | None, typer.Option(help="A csv file with a column student and any of name, email, canvas_id, moodle_id.")
+    ] = None,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Say what would be done, and do nothing.")] = False,
+    zone: Annotated[
+        str | None, typer.Option(help="Of Blackboard's times: Europe/Berlin; default: this computer's.")
+    ] = None,
+    course: Annotated[
+        Path | None, typer.Option(help="The folder with submitted/ and gradebook.db; default: the checkout.")
+    ] = None,
+) -> None:
+    """Put submissions as a learning system exports them where they are graded: submitted/STUDENT/ASSIGNMENT/."""
+    try:
+        from cs336_alignment.grading.collect import collect as collect_submissions
+        from cs336_alignment.grading.collect import show
+    except ImportError:
+        raise typer.BadParameter("this is the students' edition: grading needs the instructors'") from None
+
+    result = collect_submissions(export, assignment, (course or course_root()).resolve(), students, dry_run, zone)
+    show(result, dry_run)
+    if not result.complete:
+        raise typer.Exit(1)
+
+
+@app.command()
+def report(
+    assignment: Annotated[str, typer.Argument(help="Such as a4_dpo.")],
+    course: Annotated[
+        Path | None, typer.Option(help="The folder with submitted/ and gradebook.db; default: the checkout.")
+    ] = None,
+) -> None:
+    """Make the list of grades, the feedback pages and the report on the class anew, after grading by hand too."""
+    try:
+        from cs336_alignment.grading.results import after_grading
+    except ImportError:
+        raise typer.BadParameter("this is the students' edition: grading needs the instructors'") from None
+
+    after = after_grading((course or course_root()).resolve(), assignment)
+    typer.echo(f"grades    {shown(after.grades)}")
+    typer.echo(f"feedback  {shown(after.report.with_name('feedback'))}: {len(after.pages)} pages")
+    typer.echo(f"report    {shown(after.report)}")
+    if after.waiting:
+        typer.echo(f"{after.waiting} answers wait for a person; run this again when they are read")
+    if after.alike:
+        typer.echo(f"{after.alike} pairs of submissions to look at, at the end of the report")
+
+
+@app.command()
 def release(
     out: Annotated[Path | None, typer.Option(help="The zip for students; default: runs/release/....zip")] = None,
     closed: Annotated[
