@@ -17,31 +17,19 @@ from pathlib import Path
 import torch
 
 from cs336_alignment import corner as runs
-from cs336_alignment.corner import CornerProblem, FitConfig, corner_ppo_config
+from cs336_alignment.corner import FitConfig, corner_ppo_config
 from cs336_alignment.evaluate import mean_and_error
 from cs336_alignment.exact import TabularPolicy, corner_node_log_probs
-from cs336_alignment.models import frozen_copy, load_progress
-from cs336_alignment.pipeline import Town, demo_config, sft_stage
-from cs336_alignment.world import MAX_NEW_TOKENS, World
-from cs336_alignment.world_training import introduce_chat_tokens, load_base, profile
+from cs336_alignment.paths import demo_folder
+from cs336_alignment.pipeline import Story
 
 RESULTS = Path(__file__).parent / "results"
 
 
 def run_seed(seed: int, runs_folder: Path) -> dict[str, dict]:
     """Gap and CPU seconds of each method from the SFT model of one seed."""
-    sizes, config = profile("full"), demo_config("full", seed)
-    world = World(sizes.world)
-    town = Town(world, world.tokenizer, torch.device("cpu"), MAX_NEW_TOKENS)
-    sft = introduce_chat_tokens(load_base(sizes, device="cpu"), world)
-    kept = load_progress(runs_folder / (f"demo-seed{seed}" if seed else "demo") / "sft.pt")
-    if kept is None:
-        sft_stage(town, sft, config)
-    else:
-        sft.load_state_dict(kept["model"])
-    sft = frozen_copy(sft)
-
-    problem = CornerProblem.of(sft, world.corner(), config.corner_beta)
+    story = Story("full", seed, "cpu", out=runs_folder / demo_folder("full", seed, None, False))
+    config, sft, problem = story.config, story.sft, story.problem
     with torch.no_grad():
         table = TabularPolicy(corner_node_log_probs(sft, problem.corner))
     tabular = FitConfig(steps=300, learning_rate=0.1, decay=200)

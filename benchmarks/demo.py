@@ -13,8 +13,8 @@ from pathlib import Path
 
 import torch
 
-from cs336_alignment.evaluate import mean_and_error
 from cs336_alignment.pipeline import run_demo
+from cs336_alignment.tables import markdown, over_seeds
 
 RESULTS = Path(__file__).parent / "results"
 COLUMNS = {
@@ -26,12 +26,6 @@ COLUMNS = {
     "refusal": "refuses harmful",
     "over_refusal": "refuses look-alikes",
 }
-
-
-def over_seeds(values: list[float], form: str = "{:.3f}") -> str:
-    """Mean ± standard error over seeds."""
-    mean, error = mean_and_error(torch.tensor(values, dtype=torch.float64))
-    return f"{form.format(mean)} ± {form.format(error)}"
 
 
 def main() -> None:
@@ -62,12 +56,12 @@ def main() -> None:
         "",
         f"{runs[0]['config']['evaluation_prompts']} held-out instructions a seed; mean ± standard error over seeds.",
         "",
-        "| | " + " | ".join(COLUMNS.values()) + " |",
-        "|---" * (len(COLUMNS) + 1) + "|",
     ]
-    for stage in runs[0]["table"]:
-        cells = [over_seeds([run["table"][stage][column] for run in runs]) for column in COLUMNS]
-        lines.append(f"| {stage} | " + " | ".join(cells) + " |")
+    table = {
+        stage: [over_seeds([run["table"][stage][column] for run in runs]) for column in COLUMNS]
+        for stage in runs[0]["table"]
+    }
+    lines += markdown(list(COLUMNS.values()), table)
     lines += ["", "Gold reward above SFT, paired by seed, and its own standard error over prompts in each seed:", ""]
     for stage in ("ppo", "dpo"):
         gains = [run["table"][stage]["reward"] - run["table"]["sft"]["reward"] for run in runs]

@@ -15,9 +15,9 @@ from pathlib import Path
 import torch
 from tqdm import tqdm
 
-from cs336_alignment.evaluate import mean_and_error
 from cs336_alignment.models import frozen_copy, load_progress, resolve_device, save_progress, settings_digest
 from cs336_alignment.pipeline import Town, demo_config, sft_stage
+from cs336_alignment.tables import markdown, over_seeds
 from cs336_alignment.world import MAX_NEW_TOKENS, PRETRAINING_SHARES, World, chat_prompt
 from cs336_alignment.world_training import Profile, introduce_chat_tokens, new_model, pretrain, profile
 
@@ -124,17 +124,13 @@ def write(results: Path, found: dict[str, dict[int, dict]], sizes: Profile, step
         f"{', '.join(map(str, seeds))}. Made by `python3 course.py world ablate`. Following of held-out instructions, "
         "greedy but for the column that says sampled, 100 of each kind; mean ± standard error over seeds.",
         "",
-        "| | " + " | ".join(columns) + " |",
-        "|---" * (len(columns) + 1) + "|",
     ]
-    for name, by_seed in found.items():
-        if not by_seed:
-            continue
-        cells = []
-        for column in columns:
-            mean, error = mean_and_error(torch.tensor([row[column] for row in by_seed.values()], dtype=torch.float64))
-            cells.append(f"{mean:.2f} ± {error:.2f}" if len(by_seed) > 1 else f"{mean:.2f}")
-        lines.append(f"| {name} | " + " | ".join(cells) + " |")
+    rows = {
+        name: [over_seeds([row[column] for row in by_seed.values()], "{:.2f}") for column in columns]
+        for name, by_seed in found.items()
+        if by_seed
+    }
+    lines += markdown(columns, rows)
     text = "\n".join(lines) + "\n"
     results.with_suffix(".md").write_text(text, encoding="utf-8")
     return text
