@@ -21,52 +21,35 @@ from pathlib import Path
 import torch
 
 from cs336_alignment.evaluate import evaluate_policy, mean_and_error, refusal_rates
-from cs336_alignment.models import RewardModel, frozen_copy, load_progress
+from cs336_alignment.models import RewardModel, frozen_copy
+from cs336_alignment.paths import demo_folder
 from cs336_alignment.pipeline import (
     EVALUATION_SHARES,
+    Story,
     Town,
     demo_config,
-    dpo_stage,
     gold_agreement,
     ppo_stage,
     reward_stage,
     sample_preferences,
-    sft_stage,
     weights_digest,
 )
 from cs336_alignment.reward import score
 from cs336_alignment.sft import train_sft
+from cs336_alignment.tables import markdown, over_seeds
 from cs336_alignment.tokens import pack
-from cs336_alignment.world import KIND_SHARES, MAX_NEW_TOKENS, Task, World, chat_prompt
+from cs336_alignment.world import KIND_SHARES, MAX_NEW_TOKENS, Task, chat_prompt
 from cs336_alignment.world_training import introduce_chat_tokens, load_base, profile
 
 RESULTS = Path(__file__).parent / "results"
 
 
-def start(seed: int, runs: Path):
-    """The town, the demo's settings, the base model ready for SFT, and the frozen SFT model of a seed."""
-    sizes, config = profile("full"), demo_config("full", seed)
-    world = World(sizes.world)
-    town = Town(world, world.tokenizer, torch.device("cpu"), MAX_NEW_TOKENS)
-    base = introduce_chat_tokens(load_base(sizes, device="cpu"), world)
-    sft = trained("sft", copy.deepcopy(base), seed, runs, lambda model: sft_stage(town, model, config))
-    return town, config, base, sft
+def start(seed: int, runs: Path) -> Story:
+    """The demo of a seed: its stages as `course.py demo --seed N` left them under `runs`, or trained when asked for.
 
-
-def trained(stage: str, model, seed: int, runs: Path, train):
-    """The frozen model of a stage as `course.py demo --seed N` left it under `runs`, or trained now.
-
-    Raises: ValueError if it grew from another base model than the one that ships today.
+    Raises: ValueError when a stage is asked for that was kept with other settings or from another base model.
     """
-    path = runs / (f"demo-seed{seed}" if seed else "demo") / f"{stage}.pt"
-    kept = load_progress(path)
-    if kept is None:
-        train(model)
-    elif kept["settings"]["base"] != weights_digest(load_base(profile("full"), device="cpu")):
-        raise ValueError(f"{path} grew from another base model: run `course.py demo --seed {seed} --fresh`")
-    else:
-        model.load_state_dict(kept["model"])
-    return frozen_copy(model)
+    return Story("full", seed, "cpu", out=runs / demo_folder("full", seed, None, False))
 
 
 def replay_rows(town: Town, seed: int):
@@ -86,8 +69,8 @@ def unknown_facts(seed: int, runs: Path) -> dict:
     """Lecture 04: what fine-tuning on facts does to made-up answers. Arms continue from the SFT model, those with
     dots from the arm that learned to abstain. All see the same known facts; all are asked about unknown people whom
     no demonstration names, and about known people of the held-out split."""
-    town, config, _, sft = start(seed, runs)
-    world = town.world
+    story = start(seed, runs)
+    town, world, config, sft = story.town, story.world, story.config, story.sft
     unknown = [p for p in world.unknown if p not in world.held_out_subjects]
     half = set(random.Random(seed).sample(unknown, len(unknown) // 2))
     tasks = list(world.tasks.values())
@@ -133,8 +116,9 @@ def unknown_facts(seed: int, runs: Path) -> dict:
 def refusals(seed: int, runs: Path) -> dict:
     """Lecture 05: refusing what is harmful against refusing what only looks so, by the number of harmful examples
     and of look-alikes that are answered. 300 SFT steps from the base model."""
-    town, config, base, _ = start(seed, runs)
-    world, replay = town.world, replay_rows(town, seed)
+    story = start(seed, runs)
+    town, world, config, replay = story.town, story.world, story.config, replay_rows(story.town, seed)
+    base = introduce_chat_tokens(story.base, world).requires_grad_(True)
     others = {kind: s for kind, s in KIND_SHARES.items() if kind not in ("harmful", "lookalike")}
     groups = [
         [chat_prompt(t.instruction) for t in world.tasks.values() if t.kind == kind and world.held_out(t)]
@@ -164,7 +148,8 @@ def refusals(seed: int, runs: Path) -> dict:
 def over_optimization(seed: int, runs: Path) -> dict:
     """Lecture 14: PPO with a weak KL penalty against four reward models, from expert or crowd labels, few or many.
     The proxy is in standard deviations of its scores of SFT answers."""
-    town, config, _, sft = start(seed, runs)
+    story = start(seed, runs)
+    town, config, sft = story.town, story.config, story.sft
     settings = replace(config, ppo=replace(config.ppo, steps=40, beta=0.05, learning_rate=2e-4, decay=10))
     prompts = town.prompts(256, seed + 70, held_out=True, shares=EVALUATION_SHARES)
     answers = town.answers(sft, prompts, 1.0, seed=seed)
@@ -205,17 +190,11 @@ def over_optimization(seed: int, runs: Path) -> dict:
 def gains(seed: int, runs: Path) -> dict:
     """Gold reward of SFT, PPO and DPO with the demo's recipes, on instructions of both splits; and how often the
     demonstrators themselves follow."""
-    town, config, _, sft = start(seed, runs)
-    world = town.world
-    preferences = sample_preferences(town, sft, config)
-    reward_model = RewardModel(copy.deepcopy(sft).requires_grad_(True), config.reward_likelihood)
-    reward_model = trained("reward", reward_model, seed, runs, lambda m: reward_stage(town, m, preferences, config))
-    ppo, dpo = (copy.deepcopy(sft).requires_grad_(True) for _ in range(2))
-    ppo = trained("ppo", ppo, seed, runs, lambda m: ppo_stage(town, m, sft, reward_model, config))
-    dpo = trained("dpo", dpo, seed, runs, lambda m: dpo_stage(town, m, sft, preferences, reward_model, config))
+    story = start(seed, runs)
+    town, world, config, sft = story.town, story.world, story.config, story.sft
     rows: dict[str, dict] = {}
     measured: dict[tuple, torch.Tensor] = {}
-    for name, model in (("SFT", sft), ("PPO", ppo), ("DPO", dpo)):
+    for name, model in (("SFT", sft), ("PPO", story.ppo), ("DPO", story.dpo)):
         for split in ("trained", "held-out"):
             shares = EVALUATION_SHARES
             prompts = town.prompts(1024, seed + 80, held_out=split == "held-out", shares=shares)
@@ -236,9 +215,9 @@ def gains(seed: int, runs: Path) -> dict:
     demonstrations = world.demonstrations(2000, seed, held_out=True, shares=EVALUATION_SHARES)
     follow = [world.follows(d["prompt"], d["response"]) for d in demonstrations]
     rows["the demonstrators, held-out instructions"] = {"follows": share(follow)}
-    agreement = gold_agreement(town, reward_model, sft, seed)
+    agreement = gold_agreement(town, story.reward_model, sft, seed)
     plain = RewardModel(copy.deepcopy(sft).requires_grad_(True))  # only the read-out of the last token
-    reward_stage(town, plain, preferences, config)
+    reward_stage(town, plain, story.preferences, config)
     rows["reward model without likelihood"] = {
         "agreement with gold": {"mean": gold_agreement(town, frozen_copy(plain), sft, seed)["agreement"]}
     }
@@ -262,19 +241,16 @@ def table(by_seed: dict[int, dict]) -> list[str]:
     """Markdown: mean ± standard error over seeds, and the seeds one by one."""
     rows = next(iter(by_seed.values()))
     columns = list(dict.fromkeys(c for row in rows.values() for c, cell in row.items() if isinstance(cell, dict)))
-    lines = ["| | " + " | ".join(columns) + " |", "|---" * (len(columns) + 1) + "|"]
-    for name in rows:
-        cells = []
-        for column in columns:
-            values = [r[name][column]["mean"] for r in by_seed.values() if column in r[name]]
-            if not values:
-                cells.append("")
-                continue
-            mean, error = mean_and_error(torch.tensor(values, dtype=torch.float64))
-            each = ", ".join(f"{v:.2f}" for v in values)
-            cells.append(f"{mean:.3f} ± {error:.3f} ({each})" if len(values) > 1 else f"{mean:.3f}")
-        lines.append(f"| {name} | " + " | ".join(cells) + " |")
-    return lines
+
+    def cell(values: list[float]) -> str:
+        each = ", ".join(f"{value:.2f}" for value in values)
+        return over_seeds(values) + (f" ({each})" if len(values) > 1 else "") if values else ""
+
+    cells = {
+        name: [cell([r[name][column]["mean"] for r in by_seed.values() if column in r[name]]) for column in columns]
+        for name in rows
+    }
+    return markdown(columns, cells)
 
 
 def digest() -> str:
