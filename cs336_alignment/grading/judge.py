@@ -19,7 +19,7 @@ from nbformat import NotebookNode
 from nbformat.v4 import new_output
 
 from cs336_alignment.grading.exercise import Exercise
-from cs336_alignment.grading.probe import decode_results, encode
+from cs336_alignment.grading.probe import decode_results, encode_calls
 from cs336_alignment.grading.sandbox import Died, Server
 from cs336_alignment.grading.score import Score, case_seeds, score
 
@@ -44,10 +44,9 @@ def course_secret(path: Path) -> str:
 def probe(exercise: Exercise, seeds: dict[str, int]) -> dict:
     """The step that a kernel gets in place of the hidden tests: inputs, and no answer."""
     cases = [
-        {"calls": [[encode(x) for x in call] for call in case.calls(seeds[case.name])],
-         "gradients": case.gradients, "after": case.after}
+        {"calls": encode_calls(case.calls(seeds[case.name])), "gradients": case.gradients, "after": case.after}
         for case in exercise.cases
-    ]  # fmt: skip
+    ]
     return {"probe": exercise.name, "cases": cases}
 
 
