@@ -10,6 +10,7 @@ import shutil
 import sys
 import time
 from datetime import datetime, timedelta
+from functools import cache
 from pathlib import Path
 
 import nbformat
@@ -54,8 +55,13 @@ FILLERS = (
 )
 
 
+@cache
+def read_notebook(path: Path):
+    return nbformat.read(path, as_version=4)
+
+
 def source_notebook(folder: str, assignment: str = ASSIGNMENT):
-    return nbformat.read(course_root() / folder / assignment / f"{assignment}.ipynb", as_version=4)
+    return read_notebook(course_root() / folder / assignment / f"{assignment}.ipynb")
 
 
 def solutions(assignment: str = ASSIGNMENT) -> dict[str, str]:
@@ -116,7 +122,8 @@ def make_class(root: Path, students: int = 300, seed: int = 0, reports: bool = T
                if c.cell_type == "markdown" and c.metadata.get("nbgrader", {}).get("grade")}  # fmt: skip
     code = {name: honest(options, rng) for name in names}
     answers = {name: {key: answer(rng) for key in written} for name in names}
-    for thief, victim in (("copycat", "s003"), ("renamer", "s007"), ("quoter", "s011")):
+    for thief, victim in (("copycat", 3), ("renamer", 7), ("quoter", 11)):
+        victim = names[victim % len(names)]  # a small class has no s011
         code[thief], answers[thief] = honest(options, rng), {key: answer(rng) for key in written}
         if thief == "copycat":
             code[thief] = dict(code[victim])
