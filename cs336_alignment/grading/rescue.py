@@ -5,6 +5,7 @@ found. The submitted files are read, never written.
 release. Here they meet: which file is the submission? It never raises for anything that a folder may hold.
 """
 
+import os
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -47,7 +48,7 @@ def rescue(folder: Path, release: NotebookNode, others: Mapping[str, NotebookNod
     if seen.problem:
         return Rescued(nothing, None, seen.digest, (seen.problem,))
     try:
-        chosen, findings = choose([candidate(file, plan) for file in seen.files], folder.name)
+        chosen, findings = choose(candidates(seen.files, folder.name, plan), folder.name)
         if chosen is None or chosen.reading is None:
             return Rescued(nothing, None, seen.digest, tuple(findings))
         name = shown_path(chosen.file.name)
@@ -60,14 +61,22 @@ def rescue(folder: Path, release: NotebookNode, others: Mapping[str, NotebookNod
         notebook, mended = rebuild(plan, release, chosen.reading.pieces)
         return Rescued(notebook, name, seen.digest, (*findings, *mended))
     except Exception as error:  # one submission must never stop the others, whatever was overlooked above
-        return Rescued(
-            nothing, None, seen.digest, (f"The submission could not be read ({type(error).__name__}: look at it).",)
-        )
+        why = f"The submission could not be read ({type(error).__name__}): look at it."
+        return Rescued(nothing, None, seen.digest, (why,))
 
 
 def shown_path(name: str) -> str:
     """A file's name as it is, except for bytes that no text can hold."""
-    return name.encode("utf-8", "surrogateescape").decode("utf-8", "replace")
+    return os.fsencode(name).decode("utf-8", "replace")
+
+
+def candidates(files: list[File], assignment: str, plan: Plan) -> list[Candidate]:
+    """What is in the files. If the right name has answers, the others only matter if they look like notebooks too."""
+    first = candidate(files[0], plan)  # the right name, if it is there
+    rest = files[1:]
+    if first.worth and first.file.name == f"{assignment}.ipynb":
+        rest = [file for file in rest if file.is_notebook and CHECKPOINTS not in file.name]
+    return [first, *(candidate(file, plan) for file in rest)]
 
 
 def candidate(file: File, plan: Plan) -> Candidate:
@@ -95,7 +104,8 @@ def choose(candidates: list[Candidate], assignment: str) -> tuple[Candidate | No
     if best is not exact:
         why = "has no answers" if exact and exact.reading else "cannot be read" if exact else "is not there"
         findings.append(f"{shown(best.file.name)} was graded, since {assignment}.ipynb {why}.")
-    unused = [c for c in named if c is not best and c.reading is not None and CHECKPOINTS not in c.file.name]
+    unused = [c for c in named if c.reading is not None and c.file.data != best.file.data]
+    unused = [c for c in unused if CHECKPOINTS not in c.file.name]
     if unused:
         names = ", ".join(shown(c.file.name) for c in unused[:5]) + (" and more" if len(unused) > 5 else "")
         findings.append(f"Not graded: {names}.")

@@ -86,7 +86,10 @@ def listed(folder: Path) -> list[tuple[str, os.stat_result]]:
 
 def is_folder(entry: os.DirEntry) -> bool:
     hidden = entry.name.startswith(".") and entry.name != CHECKPOINTS
-    return not hidden and entry.name not in ("__MACOSX", "__pycache__") and entry.is_dir(follow_symlinks=False)
+    try:
+        return not hidden and entry.name not in ("__MACOSX", "__pycache__") and entry.is_dir(follow_symlinks=False)
+    except OSError:
+        return False
 
 
 def entries(folder: Path) -> list[os.DirEntry]:

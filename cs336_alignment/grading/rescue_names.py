@@ -5,6 +5,7 @@ Cells are parsed, never run. Python's parser stops by itself at code that is nes
 
 import ast
 import re
+import threading
 import warnings
 from functools import lru_cache
 
@@ -15,20 +16,19 @@ LONGEST_PARSED = 200_000  # characters: syntax trees are large, and an honest ce
 TRANSPARENT = re.compile(r"\s*%%(time|capture|prun)\b[^\n]*")
 MAGIC = re.compile(r"^(\s*)[%!?].*$", re.MULTILINE)
 
+QUIET = threading.Lock()  # warnings are turned off for all threads at once
 DEFINITIONS = (ast.FunctionDef, ast.AsyncFunctionDef, ast.ClassDef, ast.Import, ast.ImportFrom)
 
 
 def parsed(source: str) -> list[ast.stmt] | None:
     """The statements of a cell, IPython's magics left out; None if it does not parse."""
-    if len(source) > LONGEST_PARSED:
-        return None
     if source.lstrip().startswith("%%"):
         if not TRANSPARENT.match(source):
             return []  # a cell of another language binds nothing
         source = TRANSPARENT.sub("", source, count=1)
     for text in (source, MAGIC.sub(r"\1pass", source)):  # "%" may also begin a line of honest code
         try:
-            with warnings.catch_warnings():
+            with QUIET, warnings.catch_warnings():
                 warnings.simplefilter("ignore")  # of strange escapes in strings
                 return ast.parse(text).body
         except (SyntaxError, ValueError, RecursionError, MemoryError):
@@ -60,12 +60,17 @@ def is_definition(value: ast.expr | None, name: str) -> bool:
     return isinstance(value, ast.Lambda | ast.Name | ast.Attribute | ast.IfExp | ast.Subscript)
 
 
-@lru_cache(maxsize=4096)
 def bindings(source: str) -> dict[str, bool] | None:
     """The names that a cell binds at top level; True: to what may be an answer, False: to a stub or to a plain value.
 
     None if the cell does not parse. What is bound last counts. Inside `if`, `try`, `with` and loops is top level too.
     """
+    return None if len(source) > LONGEST_PARSED else bound(source)
+
+
+@lru_cache(maxsize=512)  # the same cell is asked about for every name
+def bound(source: str) -> dict[str, bool] | None:
+    """See `bindings`."""
     body = parsed(source)
     if body is None:
         return None
@@ -93,6 +98,13 @@ def bindings(source: str) -> dict[str, bool] | None:
     return found
 
 
+@lru_cache(maxsize=512)
+def used(source: str) -> frozenset[str]:
+    """The names that a cell's code mentions."""
+    body = (parsed(source) if len(source) <= LONGEST_PARSED else None) or []
+    return frozenset(node.id for statement in body for node in ast.walk(statement) if isinstance(node, ast.Name))
+
+
 def strength(source: str, name: str) -> int:
     """How well a cell defines a name: 2 for an answer, 1 for what looks like one but does not parse, else 0."""
     if name not in source:
@@ -112,6 +124,8 @@ def spoils(source: str, name: str) -> bool:
 def additions(edited: str, released: str, definitions_only: bool = False) -> str:
     """What a student wrote into a locked cell: its definitions, imports and assignments that are not in the release."""
     kinds = DEFINITIONS if definitions_only else (*DEFINITIONS, ast.Assign, ast.AnnAssign)
+    if len(edited) > LONGEST_PARSED:
+        return ""
     try:
         known = {ast.dump(statement) for statement in parsed(released) or []}
         new = [s for s in parsed(edited) or [] if isinstance(s, kinds) and ast.dump(s) not in known]

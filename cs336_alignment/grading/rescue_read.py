@@ -12,11 +12,12 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from cs336_alignment.grading.rescue_files import Unreadable, unpacked
-from cs336_alignment.grading.rescue_names import bindings, parsed
+from cs336_alignment.grading.rescue_names import LONGEST_PARSED, bindings, parsed
 
 HEAVIEST = 20_000_000  # values in a file: what JSON becomes in memory is many times larger than its text
 MOST_TRIES = 20_000  # places at which a damaged file is tried
 MOST_CELLS = 2_000
+MOST_CODE = 2_000_000  # characters of all cells with code: an honest notebook has some ten thousand
 LONGEST_SOURCE = 5_000_000  # characters of one cell; a written answer may hold a picture
 ENCODINGS = ["cp1252", "gb18030", "big5", "shift_jis", "euc_kr", "cp1251"]  # what editors save besides UTF-8 and UTF-16
 LINES_BROKEN = re.compile("\r\n?")
@@ -137,7 +138,14 @@ def pieces_of(cells: list) -> Reading:
         remarks.append(f"has cells of more than {LONGEST_SOURCE:,} characters ({len(found) - len(short)}), left out")
     if len(short) > MOST_CELLS:
         remarks.append(f"has {len(short):,} cells; only the first {MOST_CELLS:,} were graded")
-    return Reading(short[:MOST_CELLS], remarks)
+    kept, code = [], 0
+    for one in short[:MOST_CELLS]:
+        code += len(one.source) if one.kind == "code" else 0
+        if code > MOST_CODE:
+            remarks.append(f"has more than {MOST_CODE:,} characters of code; what comes after them was not graded")
+            break
+        kept.append(one)
+    return Reading(kept, remarks)
 
 
 def parse(text: str) -> Any:
@@ -285,7 +293,7 @@ def script_pieces(text: str) -> list[Piece]:
     if len(parts) > 1:
         parts = [part for part in parts if bindings(part) is not None]
     else:
-        body = parsed(text)
+        body = parsed(text) if len(text) <= LONGEST_PARSED else None
         if not body:
             return []
         lines, parts, before = text.splitlines(keepends=True), [], False

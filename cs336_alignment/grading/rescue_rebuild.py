@@ -13,7 +13,7 @@ from dataclasses import dataclass
 
 from nbformat import NotebookNode
 
-from cs336_alignment.grading.rescue_names import additions, spoils, strength
+from cs336_alignment.grading.rescue_names import additions, spoils, strength, used
 from cs336_alignment.grading.rescue_read import Piece
 
 MOST_FINDINGS = 30
@@ -259,17 +259,20 @@ def with_solutions(plan: Plan, line: list[Item], findings: list[str]) -> list[It
 def with_locked(plan: Plan, line: list[Item], findings: list[str]) -> list[Item]:
     """Every locked cell once, as released: at the student's place where that does, else at the release's."""
     missing = [key for key in plan.cells if key in plan.locked and index_of(line, key) < 0]
+    moved: list[str] = []
     for key in plan.cells:
         if key not in plan.locked:
             continue
         if key in plan.points:
-            place_points(plan, line, key)
+            moved += [key] if place_points(plan, line, key) else []
         elif key in plan.setup:
             place_setup(plan, line, key)
         elif key in missing:
             insert_missing(plan, line, key)
         else:
             keep_one(plan, line, key, index_of(line, key))
+    if moved:
+        findings.append(f"Points cells were moved to where their functions are defined: {', '.join(moved)}.")
     gone = [key for key in missing if key in plan.points or key in plan.setup]
     if gone:
         findings.append("Locked cells were missing and are there again: " + ", ".join(gone) + ".")
@@ -296,8 +299,25 @@ def place_setup(plan: Plan, line: list[Item], key: str) -> None:
     keep_one(plan, line, key, at)
 
 
-def place_points(plan: Plan, line: list[Item], name: str) -> None:
-    """A cell with points: after the definition that counts, and before its name stands for something else."""
+def behind(plan: Plan, line: list[Item], name: str) -> int:
+    """Where the last of the other exercises' functions stands that a function needs; -1 if it needs none."""
+    needed, waiting, last = {name}, [name], -1
+    while waiting:
+        other = waiting.pop()
+        at = defining(plan, line, other)
+        if other != name and strength(line[at].code(), other):
+            last = max(last, at)
+        more = [n for n in plan.exercises if n in used(line[at].code()) and n not in needed]
+        needed |= set(more)
+        waiting += more
+    return last
+
+
+def place_points(plan: Plan, line: list[Item], name: str) -> bool:
+    """A cell with points: after the definition that counts, and before its name stands for something else.
+
+    Returns: whether the student had it elsewhere.
+    """
     start = defining(plan, line, name)
     own = {f"solution-{name}", f"check-{name}", name}
     end, crossed = len(line), False
@@ -308,7 +328,11 @@ def place_points(plan: Plan, line: list[Item], name: str) -> None:
         if spoils(item.code(), name) or (crossed and strength(item.code(), name)):
             end = i
             break
+    last = behind(plan, line, name)
+    start = last if start < last < end else start
+    there = index_of(line, name) >= 0
     at = next((i for i in range(start + 1, end) if line[i].key == name), -1)
+    moved = there and at < 0
     if at < 0:
         at = start + 1
         check = index_of(line, f"check-{name}")
@@ -320,6 +344,7 @@ def place_points(plan: Plan, line: list[Item], name: str) -> None:
             at = i + 1 if line[i].code() else at
         line.insert(at, Item(name, None))
     keep_one(plan, line, name, at)
+    return moved
 
 
 # --------------------------------------------------------------------------------------------------- the rest

@@ -6,7 +6,8 @@ import subprocess
 import sys
 
 import pytest
-from mangled import ALL, ASSIGNMENT, ROWS
+from mangled import ALL, ROWS
+from mangles import ASSIGNMENT
 
 from cs336_alignment.grading.exercise import exercise
 from cs336_alignment.grading.nbgrader_hooks import add_right_name

@@ -1,19 +1,18 @@
 """The sanitiser: what mangled notebooks get, and that nothing stops it."""
 
-import contextlib
 import copy
 import gzip
 import json
 import os
-import random
 
 import nbformat
 import pytest
-from mangled import ALL, ASSIGNMENT, FILE, RELEASE, ROWS, WRITTEN, cell, grade_id, release_of, save, solved, table, text
-from nbgrader.nbgraderformat import MetadataValidator
+from mangled import ROWS, table
+from mangles import ASSIGNMENT, FILE, RELEASE, WRITTEN, cell, release_of, save, solved, text
+from rescued import answered, assert_whole
 
 from cs336_alignment.grading.rescue import rescue
-from cs336_alignment.grading.rescue_names import bindings, strength
+from cs336_alignment.grading.rescue_names import bindings
 from cs336_alignment.paths import course_root
 
 OTHERS = {name: release_of(name) for name in ("a1_sft", "a2_reward", "a3_ppo", ASSIGNMENT)}
@@ -35,67 +34,11 @@ def rescued(folder):
     return result
 
 
-def assert_whole(result) -> None:
-    """Valid for nbformat and nbgrader; each of the release's cells once, as released or with the student's source."""
-    notebook = result.notebook
-    nbformat.validate(notebook)
-    MetadataValidator().validate_nb(notebook)
-    text(notebook).encode("utf-8")
-    json.dumps([result.file, result.digest, result.findings], ensure_ascii=False).encode("utf-8")
-    assert notebook.metadata == RELEASE.metadata
-    own = {grade_id(c): c for c in notebook.cells if grade_id(c)}
-    assert sorted(own) == sorted(grade_id(c) for c in notebook.cells if grade_id(c))
-    assert sorted(own) == sorted(grade_id(c) for c in RELEASE.cells if grade_id(c))
-    for key, one in own.items():
-        released = cell(RELEASE, key)
-        assert (one.metadata, one.cell_type, one.id) == (released.metadata, released.cell_type, released.id)
-        assert one.source == released.source or not one.metadata.nbgrader.locked
-    for one in notebook.cells:
-        assert one.metadata == {} or grade_id(one)
-        assert one.get("outputs", []) == []
-
-
-def marks(function) -> tuple | None:
-    """What tells one definition from another without running it: the names and constants in its code."""
-    code = getattr(function, "__code__", None)
-    return code and (set(code.co_names), [c for c in code.co_consts if not hasattr(c, "co_code")])
-
-
-def run(source: str, space: dict) -> None:
-    with contextlib.suppress(Exception):  # a kernel goes on with the next cell
-        exec(source, space)
-
-
-@pytest.fixture(scope="module")
-def right():
-    space: dict = {}
-    for one in solved().cells:
-        if grade_id(one) == "setup" or grade_id(one).startswith("solution-"):
-            run(one.source, space)
-    return {name: marks(space[name]) for name in ALL}
-
-
-def answered(notebook, right) -> frozenset[str]:
-    """The exercises whose right function is there when the points cell runs; other cells run as in a kernel."""
-    space: dict = {}
-    found = set()
-    for one in notebook.cells:
-        key = grade_id(one)
-        if key in right:
-            function = space.get(key)
-            if key == "dpo_loss" and "helper" in space:  # see mangled.helper_below
-                function = space["helper"]
-            found |= {key} if marks(function) == right[key] else set()
-        elif one.cell_type == "code" and not key.startswith(("check-", "experiment-")):
-            run(one.source, space)
-    return frozenset(found)
-
-
 @pytest.mark.parametrize("row", ROWS, ids=[row.what for row in ROWS])
-def test_what_a_mangled_notebook_gets(row, folder, right):
+def test_what_a_mangled_notebook_gets(row, folder):
     row.make(folder)
     result = rescued(folder)
-    assert answered(result.notebook, right) == row.right, result.findings
+    assert answered(result.notebook) == row.right, result.findings
     told = " ".join(result.findings)
     assert all(part in told for part in row.says), result.findings
     assert row.says or not result.findings, result.findings
@@ -105,7 +48,15 @@ def test_what_a_mangled_notebook_gets(row, folder, right):
 # ----------------------------------------------------------------------------------------- what holds of all of them
 
 
-def test_an_ordinary_submission_comes_back_as_it_was(folder):
+@pytest.mark.parametrize("assignment", OTHERS)
+def test_the_solutions_of_every_assignment_come_back_as_they_were(tmp_path, assignment):
+    folder = tmp_path / assignment
+    save(folder, text(solved(assignment)), f"{assignment}.ipynb")
+    result = rescue(folder, OTHERS[assignment], OTHERS)
+    assert result.notebook == solved(assignment) and result.findings == ()
+
+
+def test_cells_of_ones_own_stay_where_they_are(folder):
     notebook = solved()
     notebook.cells.insert(5, nbformat.v4.new_code_cell("mine = 1", id="mine"))
     notebook.cells.insert(9, nbformat.v4.new_markdown_cell("A note.", id="note"))
@@ -189,77 +140,6 @@ def test_too_large_a_file_is_not_read(folder, monkeypatch):
     assert "is too large" in rescued(folder).findings[0]
     save(folder, gzip.compress(b" " * 100_000))
     assert "whose content is too large" in rescued(folder).findings[0]
-
-
-# ---------------------------------------------------------------------------------------------------------- fuzzing
-
-
-def damaged_bytes(data: bytes, dice: random.Random) -> bytes:
-    """A notebook's file after an accident."""
-    kind = dice.choice(["flip", "cut", "drop", "double", "swap", "zero", "lines"])
-    i, n = dice.randrange(len(data)), dice.randrange(1, 400)
-    if kind == "flip":
-        broken = bytearray(data)
-        for _ in range(dice.randrange(1, 30)):
-            broken[dice.randrange(len(data))] ^= 1 << dice.randrange(8)
-        return bytes(broken)
-    if kind == "cut":
-        return data[:i] if dice.random() < 0.8 else data[i:]
-    if kind == "lines":
-        lines = data.split(b"\n")
-        dice.shuffle(lines)
-        return b"\n".join(lines)
-    new = {"drop": b"", "double": data[i : i + n] * 2, "swap": data[i : i + n][::-1], "zero": b"\0" * n}[kind]
-    return data[:i] + new + data[i + n :]
-
-
-ODD = [None, True, -1, 1e400, float("nan"), "", "\ud800", "code", [], {}, [[]], {"a": {}}, ["x", 3, None], "x" * 300]
-
-
-def damaged_json(value, dice: random.Random):
-    """A notebook some of whose values were replaced, dropped, doubled or put elsewhere."""
-    value = copy.deepcopy(value)
-    for _ in range(dice.randrange(1, 20)):
-        node = value
-        while isinstance(node, dict | list) and node:
-            key = dice.choice(list(node) if isinstance(node, dict) else range(len(node)))
-            if isinstance(node[key], dict | list) and node[key] and dice.random() < 0.9:
-                node = node[key]
-                continue
-            what = dice.choice(["replace", "drop", "double"])
-            if what == "replace":
-                node[key] = copy.deepcopy(dice.choice(ODD))
-            elif what == "drop":
-                del node[key]
-            elif isinstance(node, list):
-                node.insert(dice.randrange(len(node) + 1), copy.deepcopy(node[key]))
-            else:
-                node[dice.choice(["metadata", "id", "source", "cells"])] = copy.deepcopy(node[key])
-            break
-    return value
-
-
-@pytest.mark.parametrize("part", range(4))
-def test_no_accident_stops_it_and_most_work_survives(folder, part):
-    dice = random.Random(part)
-    data, value = text(solved()).encode(), json.loads(text(solved()))
-    survived = 0
-    for _ in range(80):
-        accident = damaged_bytes(data, dice) if part < 2 else json.dumps(damaged_json(value, dice)).encode()
-        (folder / FILE).write_bytes(accident)
-        result = rescue(folder, RELEASE, OTHERS)
-        assert_whole(result)
-        assert not any("look at it" in finding for finding in result.findings), result.findings
-        survived += sum(strength(cell(result.notebook, f"solution-{name}").source, name) == 2 for name in ALL)
-    assert survived > 0.5 * 80 * len(ALL)  # half of the accidents with bytes cut the file or shuffle its lines
-
-
-def test_any_bytes_are_no_reason_to_stop(folder):
-    dice = random.Random(0)
-    for n in range(120):
-        start = dice.choice([b"", b"PK\x03\x04", b"\x1f\x8b\x08\x00", b"\xff\xfe", b'{"cells": [', b"import x\n"])
-        (folder / FILE).write_bytes(start + dice.randbytes(n * 10))
-        assert_whole(rescue(folder, RELEASE, OTHERS))
 
 
 # ---------------------------------------------------------------------------------------------------------- names
