@@ -28,7 +28,7 @@ from cs336_alignment.grading.gradebook import Writer, in_course
 from cs336_alignment.grading.judge import course_secret, files_beside, grade_id, judge
 from cs336_alignment.grading.rescue import rescue
 from cs336_alignment.grading.rescue_files import look
-from cs336_alignment.grading.sandbox import LIMITS, Limits, Server
+from cs336_alignment.grading.sandbox import LIMITS, Limits, Server, confinement
 from cs336_alignment.grading.score import Score
 from cs336_alignment.paths import PACKAGE
 
@@ -90,6 +90,7 @@ def grade_assignment(
             f"there is nothing to grade: submissions belong in {root / 'submitted'}/STUDENT/{assignment}/ "
             "(`course.py collect` puts the export of a learning system there)"
         )
+    confinement(unsafe)  # raises before anything is written
     batch = Batch()
     with only_one(root), Writer(root, assignment) as writer:
         todo = []
@@ -220,28 +221,30 @@ def summary(batch: Batch) -> str:
 
 
 def keep(root: Path, assignment: str, graded: Graded, only: Sequence[str], writer: Writer) -> None:
-    """Writes a result: points, then the graded notebook. Killed in between, the submission counts as not graded."""
-    timestamp = read_timestamp(root / "submitted" / graded.student / assignment)
-    points = {name: exercise["points"] for name, exercise in graded.report["exercises"].items()}
-    writer.write(graded.student, graded.notebook, points, timestamp, only or None)
+    """Writes a result. Killed at any moment, the submission is graded as before, or counts as not graded.
+
+    The files are made first, beside the old ones: if the disk is full, nothing has changed. While the gradebook is
+    written there is no report.
+    """
     folder = graded_folder(root, assignment, graded.student)
-    report, notebook = graded.report, graded.notebook
-    if only:
-        report, notebook = merged(folder, graded, only)
-        graded.report.update(report)
-    part = folder.with_name(f".{assignment}.part")
-    shutil.rmtree(part, ignore_errors=True)
+    report, notebook = merged(folder, graded, only) if only else (graded.report, graded.notebook)
+    graded.report.update(report)
+    timestamp = read_timestamp(root / "submitted" / graded.student / assignment)
+    part, old = folder.with_name(f".{assignment}.part"), folder.with_name(f".{assignment}.old")
+    for left in (part, old):
+        shutil.rmtree(left, ignore_errors=True)
     part.mkdir(parents=True)
     nbformat.write(notebook, part / f"{assignment}.ipynb")
     (part / REPORT).write_text(json.dumps(report, indent=1), encoding="utf-8")
     if timestamp:
         (part / "timestamp.txt").write_text(timestamp + "\n", encoding="utf-8")
+    (folder / REPORT).unlink(missing_ok=True)
+    points = {name: exercise["points"] for name, exercise in graded.report["exercises"].items()}
+    writer.write(graded.student, graded.notebook, points, timestamp, only or None)
     if folder.exists():
-        old = folder.with_name(f".{assignment}.old")
-        shutil.rmtree(old, ignore_errors=True)
         folder.rename(old)
-        shutil.rmtree(old, ignore_errors=True)
     part.rename(folder)
+    shutil.rmtree(old, ignore_errors=True)
 
 
 def merged(folder: Path, graded: Graded, only: Sequence[str]) -> tuple[dict, NotebookNode]:

@@ -14,7 +14,7 @@ from pathlib import Path
 import nbformat
 from nbformat import NotebookNode
 from nbgrader import utils
-from nbgrader.api import Gradebook, MissingEntry
+from nbgrader.api import Comment, Grade, Gradebook, MissingEntry, Student, SubmittedAssignment, SubmittedNotebook
 from nbgrader.converters import GenerateAssignment
 from nbgrader.converters.base import NbGraderException
 from nbgrader.coursedir import CourseDirectory
@@ -47,15 +47,17 @@ class Writer:
 
     def __init__(self, root: Path, assignment: str):
         """Adds the assignment to the gradebook if it is not there. Raises: ValueError if it cannot be."""
-        # nbgrader calls a program of its own that lies beside Python, and makes SQLAlchemy complain of how it adds rows.
+        # nbgrader calls a program of its own that lies beside Python, and SQLAlchemy complains of how it adds rows.
         os.environ["PATH"] = os.pathsep.join([str(Path(sys.executable).parent), os.environ.get("PATH", os.defpath)])
         warnings.filterwarnings("ignore", message="Object of type .* not in session", category=SAWarning)
         self.root, self.assignment, self.config = root, assignment, configuration(root)
-        self.extensions = read_extensions(root / LateDays(config=self.config).extensions_file)
+        self.late = LateDays(config=self.config)
+        self.extensions = read_extensions(root / self.late.extensions_file)
         self.book = Gradebook(f"sqlite:///{root}/gradebook.db", COURSE)
         try:
             if not self.is_current():
                 self.add_assignment()
+            self.read_assignment()
         except BaseException:
             self.book.close()
             raise
@@ -73,6 +75,18 @@ class Writer:
         except MissingEntry:
             return False
         return {cell.name: cell.checksum for cell in notebook.source_cells} == self.checksums()
+
+    def read_assignment(self) -> None:
+        """What has to be known of the assignment for every submission, read once."""
+        notebook = self.book.find_notebook(self.assignment, self.assignment)
+        self.notebook_id, self.assignment_id = notebook.id, notebook.assignment.id
+        self.graded = [cell.id for cell in [*notebook.grade_cells, *notebook.task_cells]]
+        self.answered = [cell.id for cell in [*notebook.solution_cells, *notebook.task_cells]]
+        kinds = (notebook.grade_cells, notebook.solution_cells, notebook.task_cells)
+        self.cells = {cell.id: cell.name for cells in kinds for cell in cells}
+        rows = self.book.db.query(SubmittedAssignment.student_id).filter_by(assignment_id=self.assignment_id)
+        self.students = {student for (student,) in rows}
+        self.book.db.rollback()  # what was read is not kept locked
 
     def checksums(self) -> dict[str, str]:
         path = in_course(self.root, "assignments", self.assignment, f"{self.assignment}.ipynb")
@@ -98,11 +112,8 @@ class Writer:
         self.book.db.expire_all()
 
     def has(self, student: str) -> bool:
-        """Whether a submission of the student is in the gradebook, graded."""
-        try:
-            return bool(self.book.find_submission(self.assignment, student).notebooks)
-        except MissingEntry:
-            return False
+        """Whether a submission of the student is in the gradebook."""
+        return student in self.students
 
     def write(
         self, student: str, notebook: NotebookNode, points: dict[str, float], timestamp: str | None,
@@ -112,27 +123,53 @@ class Writer:
 
         points: by exercise; points cells that are not in it get 0. only: the cells to write, if not all.
         """
-        book = self.book
-        book.update_or_create_student(student)
-        book.update_or_create_submission(self.assignment, student, **({"timestamp": timestamp} if timestamp else {}))
-        submitted = book.find_submission_notebook(self.assignment, self.assignment, student)
-        grades = {grade.cell.name: grade for grade in submitted.grades}
-        comments = {comment.cell.name: comment for comment in submitted.comments}
-        for cell in notebook.cells:
-            name = cell.metadata.get("nbgrader", {}).get("grade_id")
-            if name is None or (only is not None and name not in only):
-                continue
-            if utils.is_grade(cell):
-                by_hand = cell.cell_type != "code" or utils.is_solution(cell)
-                score = utils.determine_grade(cell)[0] if by_hand else points.get(name, 0.0)
-                grade = grades[name]
-                grade.auto_score = score
-                grade.needs_manual_grade = grade.manual_score is not None or score is None
-            if utils.is_solution(cell) and name in comments:
-                same = cell.metadata.nbgrader.get("checksum") == utils.compute_checksum(cell)
-                comments[name].auto_comment = "No response." if same else None
-        book.db.commit()
-        late = LateDays(config=self.config)
-        if late.percent_per_day:
-            late.settle(book, student, self.extensions)
-        book.db.expire_all()
+        try:
+            submitted = self.submitted(student, timestamp)
+            grades = {self.cells[grade.cell_id]: grade for grade in submitted.grades}
+            comments = {self.cells[comment.cell_id]: comment for comment in submitted.comments}
+            for cell in notebook.cells:
+                name = cell.metadata.get("nbgrader", {}).get("grade_id")
+                if name is None or (only is not None and name not in only):
+                    continue
+                if utils.is_grade(cell):
+                    by_hand = cell.cell_type != "code" or utils.is_solution(cell)
+                    score = utils.determine_grade(cell)[0] if by_hand else points.get(name, 0.0)
+                    grade = grades[name]
+                    grade.auto_score = score
+                    grade.needs_manual_grade = grade.manual_score is not None or score is None
+                if utils.is_solution(cell) and name in comments:
+                    same = cell.metadata.nbgrader.get("checksum") == utils.compute_checksum(cell)
+                    comments[name].auto_comment = "No response." if same else None
+            self.book.db.commit()
+            self.students.add(student)
+            self.settle(student, notebook, submitted)
+        finally:
+            self.book.db.rollback()  # of what was not committed: a full disk must not cost the next student
+            self.book.db.expunge_all()  # so that a large class takes no more memory than a small one
+
+    def submitted(self, student: str, timestamp: str | None) -> SubmittedNotebook:
+        """The rows of a submission, made where they are not there. (nbgrader's own functions commit each step.)"""
+        db = self.book.db
+        if db.get(Student, student) is None:
+            db.add(Student(id=student))
+        found = db.query(SubmittedAssignment).filter_by(assignment_id=self.assignment_id, student_id=student).first()
+        if found is None:
+            notebook = SubmittedNotebook(
+                notebook_id=self.notebook_id,
+                grades=[Grade(cell_id=cell) for cell in self.graded],
+                comments=[Comment(cell_id=cell) for cell in self.answered],
+            )
+            found = SubmittedAssignment(assignment_id=self.assignment_id, student_id=student, notebooks=[notebook])
+            db.add(found)
+        if timestamp:
+            found.timestamp = utils.parse_utc(timestamp)
+        return next(notebook for notebook in found.notebooks if notebook.notebook_id == self.notebook_id)
+
+    def settle(self, student: str, notebook: NotebookNode, submitted: SubmittedNotebook) -> None:
+        """What being late costs: by our own rule or, where that is not configured, by nbgrader's."""
+        if self.late.percent_per_day:
+            self.late.settle(self.book, student, self.extensions)
+        elif submitted.late_submission_penalty is not None or submitted.assignment.total_seconds_late > 0:
+            identity = {"student": student, "assignment": self.assignment, "notebook": self.assignment}
+            self.book.db.rollback()  # nbgrader opens the gradebook once more
+            self.late.preprocess(notebook, {"nbgrader": identity | {"db_url": str(self.book.engine.url)}})

@@ -7,24 +7,30 @@ has never seen, and the cell's outputs become a report and the points, which nbg
 """
 
 import html
+import os
 import re
 import secrets
 import threading
 import time
 from collections.abc import Iterator, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, replace
+from itertools import islice
 from pathlib import Path
 
 from nbformat import NotebookNode
-from nbformat.v4 import new_output
+from torch import Tensor
 
 from cs336_alignment.grading.exercise import Exercise
 from cs336_alignment.grading.probe import decode_results, encode_calls
+from cs336_alignment.grading.rescue_files import Unreadable, read
 from cs336_alignment.grading.sandbox import Died, Server
-from cs336_alignment.grading.score import Score, case_seeds, score
+from cs336_alignment.grading.score import Question, Score, ask_all, case_seeds, score_of
 
 NOT_RUN = ("check-", "experiment-")  # how the ids of cells start that grading does not need
 LARGEST_ANSWER = 20_000_000  # bytes of files beside a notebook, or of a cell's kept text; honest ones are far below
+MOST_FILES = 10_000  # beside a notebook that are looked at
+MOST_ANSWERS = 1000  # cases of an exercise, and calls of a case
 ONE_JUDGE = threading.Lock()  # workers are threads, and calling a function quietly changes sys.stdout for all of them
 TEXT_KEPT, PICTURES_KEPT = 20_000, 2_000_000  # characters of a cell's text and of a notebook's pictures
 
@@ -41,24 +47,41 @@ def course_secret(path: Path) -> str:
     return path.read_text(encoding="utf-8").strip()
 
 
-def probe(exercise: Exercise, seeds: dict[str, int]) -> dict:
-    """The step that a kernel gets in place of the hidden tests: inputs, and no answer."""
-    cases = [
-        {"calls": encode_calls(case.calls(seeds[case.name])), "gradients": case.gradients, "after": case.after}
-        for case in exercise.cases
-    ]
-    return {"probe": exercise.name, "cases": cases}
+def probe(questions: Sequence[Question]) -> dict:
+    """The step that a kernel gets in place of an exercise's hidden tests: inputs, and no answer."""
+    cases = [{"calls": encode_calls(q.calls), "gradients": q.case.gradients, "after": q.case.after} for q in questions]
+    return {"probe": questions[0].exercise.name, "cases": cases}
 
 
 def read_answers(answers: Sequence) -> list | None:
     """The results of the cases, decoded, up to the first that makes no sense; None if there are none."""
     found = []
-    for answer in answers:
+    for answer in answers[:MOST_ANSWERS]:
         try:
-            found.append(decode_results(answer))
+            found.append([sensible(result) for result in decode_results(answer[:MOST_ANSWERS])])
         except (ValueError, TypeError, KeyError, AttributeError, OverflowError, RecursionError, RuntimeError):
             break
     return found or None
+
+
+def sensible(result: dict) -> dict:
+    """A decoded result, as far as it is one of `run_calls`: an answer may be forged. Raises: ValueError."""
+    if "error" in result:
+        line = result.get("line")
+        return {
+            "error": str(result["error"])[:100],
+            "message": str(result.get("message", ""))[:500],
+            "line": None if line is None else str(line)[:500],
+        }
+    parts = {"value": result["value"], "changed": result.get("changed", [])}
+    if not (isinstance(parts["changed"], list) and all(isinstance(x, int) and x >= 0 for x in parts["changed"])):
+        raise ValueError("changed is no list of positions")
+    for name in ("gradients", "after"):
+        if name in result:
+            parts[name] = result[name]
+            if not (isinstance(parts[name], list) and all(x is None or isinstance(x, Tensor) for x in parts[name])):
+                raise ValueError(f"{name} is no list of tensors")
+    return parts
 
 
 # -------------------------------------------------------------------------------------------------- running
@@ -84,9 +107,9 @@ def judge(
     assignment; points cells of others are left as they are. files: what lies beside the notebook.
     """
     begin = time.monotonic()
-    seeds = {exercise.name: case_seeds(exercise, secret, student) for exercise in graded}
     with ONE_JUDGE:
-        steps = list(steps_of(notebook, {exercise.name: probe(exercise, seeds[exercise.name]) for exercise in graded}))
+        asked = {exercise.name: ask_all(exercise, case_seeds(exercise, secret, student)) for exercise in graded}
+        steps = list(steps_of(notebook, {name: probe(questions) for name, questions in asked.items()}))
     found, lost, cpu_seconds = run(server, steps, files or {})
     scores = {}
     for index, step in steps:
@@ -98,12 +121,11 @@ def judge(
             if problem:
                 cell.outputs.append(error_output("DeadKernelError", problem))
             continue
-        exercise = next(e for e in graded if e.name == step["probe"])
         with ONE_JUDGE:
-            result = score(exercise, read_answers(answers), seeds[exercise.name], problem or what_went_wrong(outputs))
+            result = score_of(asked[step["probe"]], read_answers(answers), problem or what_went_wrong(outputs))
         if problem:
             result = replace(result, problem=problem)
-        scores[exercise.name] = result
+        scores[step["probe"]] = result
         cell.outputs = [
             new_output("display_data", {"text/html": report(result), "text/plain": str(result)}),
             new_output("execute_result", {"text/plain": repr(result.points)}),
@@ -146,6 +168,7 @@ def run(
     deadline = time.monotonic() + server.limits.notebook_seconds
     while True:
         left = [(i, step) for i, step in steps if i not in lost and not ("probe" in step and i in found)]
+        session = None
         try:
             with server.run(files) as session:
                 for index, step in left:
@@ -161,7 +184,7 @@ def run(
                 else:
                     break
         finally:
-            cpu_seconds += session.cpu_seconds
+            cpu_seconds += session.cpu_seconds if session else 0.0
     return found, lost, cpu_seconds
 
 
@@ -184,6 +207,7 @@ def kept_outputs(outputs: Sequence[dict]) -> list[NotebookNode]:
         elif kind == "error":
             lines = output.get("traceback")
             lines = [clean_text(str(line)[:2000]) for line in (lines if isinstance(lines, list) else [])[-100:]]
+            left -= sum(map(len, lines)) // 10  # an honest one is long
             kept.append(error_output(str(output.get("ename")), str(output.get("evalue")), lines))
         elif kind in ("display_data", "execute_result") and isinstance(data, dict):
             bundle = {"text/plain": clean_text(str(data.get("text/plain", ""))[:left])}
@@ -217,6 +241,15 @@ def limit_pictures(notebook: NotebookNode) -> None:
                 left -= len(output.get("data", {}).get(kind, ""))
                 if left < 0:
                     output.get("data", {}).pop(kind, None)
+
+
+def new_output(kind: str, data: dict | None = None, **fields) -> NotebookNode:
+    """As nbformat's, which validates each output with care and takes its time; the notebook is validated as a whole."""
+    if data is not None:
+        fields = {"data": NotebookNode(data), "metadata": NotebookNode()} | fields
+    if kind == "execute_result":
+        fields["execution_count"] = None
+    return NotebookNode(output_type=kind, **fields)
 
 
 CELL = "padding: 2px 12px 2px 0; text-align: left; vertical-align: top"  # nbgrader's pages have none of their own
@@ -266,14 +299,14 @@ def preloaded(release: NotebookNode) -> list[str]:
 def files_beside(folder: Path, notebook: str | None) -> dict[str, bytes]:
     """A submission's other files, such as a module that its notebook imports: small ones, and no links."""
     found, left = {}, LARGEST_ANSWER // 4
-    for path in sorted(folder.rglob("*")) if folder.is_dir() and not folder.is_symlink() else []:
-        name = path.relative_to(folder)
-        ordinary = all(not (folder / part).is_symlink() for part in (name, *name.parents))
-        not_code = path.suffix == ".ipynb" or name.as_posix() in (notebook, "timestamp.txt")
-        if not_code or not (ordinary and path.is_file()):
+    top = folder if folder.is_dir() and not folder.is_symlink() else os.devnull
+    paths = (Path(place, name) for place, _, names in os.walk(top) for name in names)  # no links are followed
+    for path in sorted(islice(paths, MOST_FILES)):
+        name = path.relative_to(folder).as_posix()
+        wanted = path.suffix != ".ipynb" and name not in (notebook, "timestamp.txt") and name.isprintable()
+        if not wanted or path.is_symlink() or len(found) >= 100:
             continue
-        size = path.stat().st_size
-        if size <= left and len(found) < 100 and name.as_posix().isprintable():
-            found[name.as_posix()] = path.read_bytes()
-            left -= size
+        with suppress(Unreadable):
+            found[name] = read(path, left)
+            left -= len(found[name])
     return found

@@ -92,7 +92,16 @@ def score(
     exercise: Exercise, answers: list[list[dict]] | None, seeds: dict[str, int], problem: str | None = None
 ) -> Score:
     """Judges results of all cases, decoded; None where a submission gave none, for the reason `problem`."""
-    questions = [ask(exercise, case, seeds[case.name]) for case in exercise.cases]
+    return score_of(ask_all(exercise, seeds), answers, problem)
+
+
+def ask_all(exercise: Exercise, seeds: dict[str, int]) -> list[Question]:
+    return [ask(exercise, case, seeds[case.name]) for case in exercise.cases]
+
+
+def score_of(questions: Sequence[Question], answers: list[list[dict]] | None, problem: str | None = None) -> Score:
+    """The same for questions that were asked before."""
+    exercise = questions[0].exercise
     found = list(islice(chain(answers or [], repeat([])), len(questions)))
     wrong = [question.difference(results) for question, results in zip(questions, found)]
     mistake = known_mistake(questions, found, wrong) if answers is not None else None

@@ -25,7 +25,7 @@ from cs336_alignment.grading.judge import (
     report,
 )
 from cs336_alignment.grading.sandbox import Limits
-from cs336_alignment.grading.score import case_seeds, score
+from cs336_alignment.grading.score import ask_all, case_seeds, score
 from cs336_alignment.paths import PACKAGE
 
 GRADED = [e for e in exercises(ASSIGNMENT) if not e.optional]
@@ -206,7 +206,7 @@ def test_a_wrong_answer_says_which_case_and_names_the_mistake(server):
 
 def test_a_probe_holds_inputs_and_nothing_else():
     of = exercise("dpo_loss")
-    text = json.dumps(probe(of, case_seeds(of, "secret", "ada")))
+    text = json.dumps(probe(ask_all(of, case_seeds(of, "secret", "ada"))))
     assert "expected" not in text and "tolerance" not in text and "logsigmoid" not in text
 
 
