@@ -36,6 +36,7 @@ TEMPLATES = Path(__file__).parent / "templates"
 PRINTED = 1_200, 15  # characters and lines of what a cell printed
 MESSAGE = 200  # characters of an error
 STUB = "*Your answer here.*"  # what a written answer is in the release
+STUB_CODE = 'raise NotImplementedError("your code here")'  # and a function
 # The words of the errors that Python and torch raise. Others are shown only if they stand in the student's own code.
 ERROR_WORDS = frozenset(
     """
@@ -70,6 +71,12 @@ class Section:
     error: str = ""
     answer: Markup | None = None  # a written answer
     comments: list[Markup] = field(default_factory=list)
+
+    @property
+    def same(self) -> str:
+        """What is wrong in every case, if that is one thing: "raised NotImplementedError: your code here"."""
+        reasons = {"" if case.get("right") else case["why"] for case in self.cases}
+        return reasons.pop() if len(reasons) == 1 and len(self.cases) > 1 else ""
 
     @property
     def state(self) -> str:
@@ -204,11 +211,20 @@ def exercise_section(cell: Cell, record: Record, cells: list[dict], own: list[di
         hint=sentence(str(verdict["hint"])) if verdict.get("hint") else None,
         problem=discreet_problem(str(verdict.get("problem") or ""), words),
         cases=[shown_case(case, words) for case in verdict.get("cases") or []],
-        source=code(graded["source"]) if graded.get("source") else None,
+        source=code(source) if (source := definition(cell.name, graded.get("source", ""), cells)) else None,
         printed=printed(submitted.get("outputs")),
         error=error(graded.get("outputs"), words),
         comments=comments_on(cell.name, record),
     )
+
+
+def definition(name: str, source: str, cells: list[dict]) -> str:
+    """The code that was graded: the function's own cell, or while that is the stub, the last cell that defines it."""
+    begins = re.compile(rf"^(async )?def {re.escape(name)}\b|^{re.escape(name)}\s*=", re.MULTILINE)
+    if begins.search(source) and STUB_CODE not in source:
+        return source
+    others = [c["source"] for c in cells if c["cell_type"] == "code" and not grade_id(c) and begins.search(c["source"])]
+    return next((text for text in reversed(others) if STUB_CODE not in text), source)
 
 
 def written_section(cell: Cell, record: Record, cells: list[dict]) -> Section:

@@ -288,7 +288,8 @@ def test_a_class_list_as_spreadsheets_save_it(tmp_path, encoding, delimiter):
 @pytest.mark.parametrize(
     "text, message",
     [("name,email\nx,y\n", "needs a column student"), ("student\n../x\n", "line 2: '../x' cannot be"),
-     ("student\nada\nADA\n", "line 3: ADA is there a second time"), ("", "has nothing"), ("student\ncon\n", "cannot be")],
+     ("student\nada\nADA\n", "line 3: ADA is there a second time"), ("", "has nothing"),
+     ("student\ncon\n", "cannot be")],
 )  # fmt: skip
 def test_a_class_list_that_cannot_be_used_says_where(tmp_path, text, message):
     path = tmp_path / "r.csv"

@@ -11,7 +11,15 @@ from synthetic import ASSIGNMENT, filled, make_class, solutions, source_notebook
 from test_markup import ALLOWED, HARMLESS, Reader
 
 from cs336_alignment.grading.exercise import exercise
-from cs336_alignment.grading.feedback import discreet, discreet_problem, duration, page_name, shown_case, write_feedback
+from cs336_alignment.grading.feedback import (
+    definition,
+    discreet,
+    discreet_problem,
+    duration,
+    page_name,
+    shown_case,
+    write_feedback,
+)
 from cs336_alignment.grading.records import from_text, judged, read_class
 from cs336_alignment.grading.score import case_seeds, score
 
@@ -232,6 +240,27 @@ def test_the_judges_own_sentences_stay_as_they_are():
     assert "0.5" not in discreet_problem("The cell stopped with ValueError: 0.5", words)
     case = {"visible": False, "why": "the result has shape (3,); it should have ()", "expects": "a scalar"}
     assert shown_case(case, words)["why"] == case["why"]
+
+
+def test_what_is_wrong_in_every_case_is_said_once(tmp_path):
+    course = make_class(tmp_path, 5)
+    path = course / "autograded" / "s000" / ASSIGNMENT / "report.json"
+    report = json.loads(path.read_text(encoding="utf-8"))
+    for case in report["exercises"]["dpo_loss"]["cases"]:
+        case |= {"right": False, "why": "raised NotImplementedError: your code here"}
+    path.write_text(json.dumps(report), encoding="utf-8")
+    text = words(write_feedback(course, ASSIGNMENT, ["s000"])[0].read_text(encoding="utf-8"))
+    assert text.count("raised NotImplementedError") == 1 and "All 9 cases: raised NotImplementedError" in text
+
+
+def test_the_code_on_the_page_is_the_code_that_was_graded():
+    stub = 'def f(x):\n    raise NotImplementedError("your code here")'
+    cells = [
+        {"cell_type": "code", "source": text} for text in ("def f(x):\n    return 1", "def f2(x): ...", stub, "f(3)")
+    ]
+    assert definition("f", stub, cells) == "def f(x):\n    return 1"
+    assert definition("f", "def f(x):\n    return 2", cells) == "def f(x):\n    return 2"
+    assert definition("g", stub, cells) == stub and definition("g", "", []) == ""
 
 
 def test_how_late_in_words():
