@@ -6,6 +6,7 @@ has a notebook with the right name, read by `rescue`. What nbgrader does afterwa
 A folder without any file that ends in `.ipynb` is not seen by nbgrader at all; `course.py grade` sees it.
 """
 
+import os
 from pathlib import Path
 from typing import Any
 
@@ -58,3 +59,5 @@ def add_right_name(assignment: str, student: str, notebooks: list[str]) -> None:
         right = str(folder / f"{folder.name}.ipynb")
         if right not in notebooks:
             notebooks.append(right)
+    # A name that is no text would stop the submission: the gradebook cannot even be asked for it.
+    notebooks[:] = [path for path in notebooks if os.fsencode(path).decode("utf-8", "replace") == path]

@@ -98,6 +98,7 @@ def rebuild(plan: Plan, release: NotebookNode, pieces: list[Piece]) -> tuple[Not
     line = with_locked(plan, line, findings)
     notebook = copy.copy(release)
     notebook.metadata = copy.deepcopy(release.metadata)
+    notebook.nbformat_minor = max(release.nbformat_minor, 5)  # the first in which cells have ids
     notebook.cells = [item.node for item in line]
     name_cells(plan, notebook.cells)
     findings += remarks_on_locked(plan, pieces)
@@ -371,11 +372,11 @@ def remarks_on_locked(plan: Plan, pieces: list[Piece]) -> list[str]:
 
 def name_cells(plan: Plan, cells: list[NotebookNode]) -> None:
     """Each cell an id of its own: the release's for its cells, the student's where it will do, else a new one."""
-    taken = {cell.id for cell in cells if "nbgrader" in cell.metadata}
+    taken = {cell.id for cell in cells if "nbgrader" in cell.metadata and "id" in cell}
     for i, cell in enumerate(cells):
-        if "nbgrader" in cell.metadata:
+        if "nbgrader" in cell.metadata and "id" in cell:
             continue
-        if cell.id in taken or not CELL_ID.fullmatch(cell.id):
+        if cell.get("id", "") in taken or not CELL_ID.fullmatch(cell.get("id", "")):
             cell.id = next(n for k in range(len(cells) + 1) if (n := f"own-{i:03}-{k}") not in taken)
         taken.add(cell.id)
 

@@ -18,7 +18,7 @@ CHOSEN = {
     "marks": "All of nbgrader's marks are lost",
     "twice": "A function's cell is there twice, the second does not parse",
     "below": "The function is written in a new cell, the stub is left below",
-    "retyped": "A function's cell has become text",
+    "bytes": "A name that is no text",
     "named": "Named a4_dpo (1).ipynb",
     "cut": "The file ends in the middle of dpo_loss",
     "wide": "UTF-16, little-endian",

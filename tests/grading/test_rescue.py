@@ -65,6 +65,22 @@ def test_cells_of_ones_own_stay_where_they_are(folder):
     assert result.notebook == notebook and result.findings == () and result.file == FILE
 
 
+def test_a_release_of_another_make_will_do(folder):
+    """Cells without ids, as older programs write them; an experiment that students may edit."""
+    release = copy.deepcopy(RELEASE)
+    release.nbformat_minor = 4
+    for one in release.cells:
+        del one["id"]
+    cell(release, "experiment-corner").metadata.nbgrader.locked = False
+    notebook = solved()
+    cell(notebook, "experiment-corner").source = "mine = 1"
+    save(folder, text(notebook))
+    result = rescue(folder, release)
+    nbformat.validate(result.notebook)
+    assert cell(result.notebook, "experiment-corner").source == "mine = 1" and result.findings == ()
+    assert [c.source for c in result.notebook.cells] == [c.source for c in notebook.cells]
+
+
 def test_a_missing_folder_and_a_linked_one_are_no_submissions(folder):
     assert rescued(folder / "no").findings == ("Nothing was handed in: there is no folder.",)
     save(folder, text(solved()))

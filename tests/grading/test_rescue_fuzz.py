@@ -76,14 +76,14 @@ def test_no_accident_stops_it_and_most_work_survives(folder, part):
     dice = random.Random(part)
     data, value = text(solved()).encode(), json.loads(text(solved()))
     survived = 0
-    for _ in range(80):
+    for _ in range(70):
         accident = damaged_bytes(data, dice) if part < 2 else json.dumps(damaged_json(value, dice)).encode()
         (folder / FILE).write_bytes(accident)
         result = rescue(folder, RELEASE, OTHERS)
-        assert_whole(result)
+        assert_whole(result, quick=True)
         assert not any("look at it" in finding for finding in result.findings), result.findings
         survived += sum(strength(cell(result.notebook, f"solution-{name}").source, name) == 2 for name in ALL)
-    assert survived > 0.5 * 80 * len(ALL)  # half of the accidents with bytes cut the file or shuffle its lines
+    assert survived > 0.5 * 70 * len(ALL)  # half of the accidents with bytes cut the file or shuffle its lines
 
 
 def test_any_bytes_are_no_reason_to_stop(folder):
@@ -91,7 +91,7 @@ def test_any_bytes_are_no_reason_to_stop(folder):
     for n in range(60):
         start = dice.choice([b"", b"PK\x03\x04", b"\x1f\x8b\x08\x00", b"\xff\xfe", b'{"cells": [', b"import x\n"])
         (folder / FILE).write_bytes(start + dice.randbytes(n * 10))
-        assert_whole(rescue(folder, RELEASE, OTHERS))
+        assert_whole(rescue(folder, RELEASE, OTHERS), quick=True)
 
 
 # ------------------------------------------------------------------------------------------------ what people do
@@ -148,7 +148,7 @@ def test_an_answer_that_is_anywhere_is_there_when_it_is_graded(folder, part):
         save(folder, json.dumps(notebook))
         wanted = {name for name in ALL for c in notebook.cells if is_code(c) and strength(c.source, name) == 2}
         result = rescue(folder, RELEASE)
-        assert_whole(result)
+        assert_whole(result, quick=True)
         assert wanted <= answered(result.notebook, alone=True), (seed, result.findings)
         held += len(wanted)
     assert held > 25 * 6
