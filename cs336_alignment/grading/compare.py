@@ -5,6 +5,7 @@ Used on visible cases by `check` and on all cases by the judge. Results are thos
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from itertools import chain, repeat
 
 import torch
 from torch import Tensor
@@ -44,7 +45,8 @@ def difference(
     different = value_difference(result["value"], expected["value"], rtol, atol, "the result")
     if different:
         return different
-    pairs = zip(gradients, result.get("gradients") or [None] * len(gradients), expected.get("gradients", []))
+    theirs = chain(result.get("gradients", ()), repeat(None))  # one that is not there is missing
+    pairs = zip(gradients, theirs, expected.get("gradients", []))
     for position, got, wanted in pairs:
         what = f"the gradient by `{names[position]}`"
         if got is None and wanted is not None and not (wanted == 0).all():  # a NaN is no missing gradient
@@ -53,7 +55,7 @@ def difference(
             different = value_difference(got, wanted, rtol, atol, what)
             if different:
                 return different
-    for got, wanted in zip(result.get("after") or [None], expected.get("after", [])):
+    for got, wanted in zip(chain(result.get("after", ()), repeat(None)), expected.get("after", [])):
         different = value_difference(got, wanted, rtol, atol, "the model's weight afterwards")
         if different:
             return different
@@ -94,6 +96,8 @@ def tensor_difference(got, wanted, rtol: float, atol: float, what: str) -> Diffe
         return Difference(
             f"{what} is {kind(got)}; it should be {'a tensor' if isinstance(wanted, Tensor) else 'a number'}"
         )
+    if isinstance(got, int) and abs(got) >= 2**63:  # no tensor holds it
+        return Difference(f"{what} is an integer of {got.bit_length()} bits")
     exact = isinstance(wanted, Tensor) and not wanted.is_floating_point()
     got, wanted = torch.as_tensor(got), torch.as_tensor(wanted)
     if got.shape != wanted.shape:

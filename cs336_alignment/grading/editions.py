@@ -14,7 +14,7 @@ from cs336_alignment.paths import PACKAGE
 
 # What of grading/ a student may have. All else knows the answers.
 PUBLIC = (
-    "__init__.py", "check.py", "compare.py", "editions.py", "kernel.py", "probe.py", "shell.py", "visible"
+    "__init__.py", "check.py", "compare.py", "confine.py", "editions.py", "kernel.py", "probe.py", "shell.py", "visible"
 )  # fmt: skip
 
 

@@ -20,6 +20,7 @@ DTYPES |= {str(d).removeprefix("torch."): d for d in (torch.int64, torch.int32, 
 DTYPES |= {"bool": torch.bool}
 
 
+MOST_DIMENSIONS = 64
 ENCODED = ("value", "gradients", "after")  # what of a result is values; the rest is plain text and numbers
 
 
@@ -163,6 +164,8 @@ def decode(data):
     if "tensor" in data:
         floating = DTYPES[data["tensor"]].is_floating_point
         shape = [int(n) for n in data["shape"]]
+        if len(shape) > MOST_DIMENSIONS:
+            raise ValueError(f"a tensor of {len(shape)} dimensions")
         exact = torch.float64 if floating else torch.int64
         raw = base64.b64decode(data["bits"], validate=True)
         flat = torch.frombuffer(bytearray(raw), dtype=exact) if raw else torch.empty(0, dtype=exact)
@@ -173,7 +176,7 @@ def decode(data):
         return [decode(x) for x in data["list"]]
     if "dict" in data:
         return {key: decode(x) for key, x in data["dict"].items()}
-    return Other(str(data["other"]))
+    return Other(str(data["other"])[:100])
 
 
 class Other:

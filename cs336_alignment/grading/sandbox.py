@@ -8,6 +8,7 @@ is no bubblewrap, limits remain and nothing else does: the caller has to say tha
 import base64
 import json
 import os
+import re
 import select
 import shutil
 import socket
@@ -17,6 +18,7 @@ import sysconfig
 import tempfile
 import time
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
@@ -27,6 +29,8 @@ from cs336_alignment.grading import kernel
 
 STUDENT = 60_000  # the first user number of the servers that root starts; no account has it
 GB = 2**30
+MOST_SAID = 20_000  # outputs and answers of a cell that are kept; more than fits into what is kept of their text
+HEAVIEST = 1_000_000  # values in one message: what JSON becomes in memory is many times larger than its text
 
 
 class NoSandbox(ValueError):
@@ -235,11 +239,18 @@ class Server:
             self.errors.seek(0)
             text = self.errors.read().decode("utf-8", "replace").strip()
             raise RuntimeError(f"the process that runs submissions did not start:\n{text[-3000:]}")
+        main = psutil.Process(self.process.pid)
+        self.memory = max(own_memory(process.pid)[0] for process in (main, *main.children(recursive=True)))
 
     def run(self, files: dict[str, bytes] | None = None) -> "Session":
-        """Starts a submission. files: what lies beside the notebook, by name."""
+        """Starts a submission. files: what lies beside the notebook, by name. Raises: Died if it cannot be."""
         self.ready()
-        return Session(self, files or {})
+        try:
+            return Session(self, files or {})
+        except Died:  # the server, of something that came before
+            self.stop()
+            self.ready()
+            return Session(self, files or {})
 
     def close(self) -> None:
         """Ends the server for good, and all that runs in it."""
@@ -271,8 +282,12 @@ class Session:
         self.server, self.limits = server, server.limits
         self.data, theirs = socket.socketpair()
         self.buffer, self.received, self.cpu_seconds = bytearray(), 0, 0.0
-        socket.send_fds(server.control, [kernel.START], [theirs.fileno()])
-        theirs.close()
+        try:
+            socket.send_fds(server.control, [kernel.START], [theirs.fileno()])
+        except OSError:
+            raise Died("the kernel died") from None
+        finally:
+            theirs.close()
         try:
             if files:
                 self.step({"files": {name: base64.b64encode(data).decode() for name, data in files.items()}}, 30)
@@ -297,25 +312,22 @@ class Session:
             interrupted = False
             end, look = time.monotonic() + seconds, time.monotonic() + 0.5
             while True:
-                line = self.line(min(end, look))
-                now = time.monotonic()
-                if line is None:
-                    if now >= look:
-                        self.look_at_memory()
-                        look = now + 0.25
-                    if now >= end and interrupted:
-                        raise Died(f"it ran longer than {seconds:g} seconds and could not be interrupted")
-                    if now >= end:
-                        interrupted, end = True, now + 3
-                        self.interrupt()
-                    continue
-                message = understood(line)
-                if isinstance(message.get("output"), dict):
+                message = understood(self.line(min(end, look)))
+                if isinstance(message.get("output"), dict) and len(outputs) < MOST_SAID:
                     outputs.append(message["output"])
-                if isinstance(message.get("answer"), list):
+                if isinstance(message.get("answer"), list) and len(answers) < MOST_SAID:
                     answers.append(message["answer"])
                 if "end" in message:
                     break
+                now = time.monotonic()  # also while it talks without end
+                if now >= look:
+                    self.look_at_memory()
+                    look = now + 0.25
+                if now >= end and interrupted:
+                    raise Died(f"it ran longer than {seconds:g} seconds and could not be interrupted")
+                if now >= end:
+                    interrupted, end = True, now + 3
+                    self.interrupt()
         except Died as death:
             death.outputs, death.answers = outputs, answers
             raise
@@ -349,7 +361,10 @@ class Session:
             if not ready:
                 return None
             # What the process said before it died is read first: the server only speaks of its end.
-            part = self.data.recv(1 << 20) if self.data in ready else b""
+            try:
+                part = self.data.recv(1 << 20) if self.data in ready else b""
+            except OSError:
+                part = b""
             if not part:
                 raise Died("the kernel died")
             self.received += len(part)
@@ -363,7 +378,7 @@ class Session:
     def look_at_memory(self) -> None:
         """Raises: Died if the processes of the submission together hold too much."""
         processes = psutil.Process(self.server.process.pid).children(recursive=True)
-        if held(processes) > self.limits.memory and held(processes, shared=True) > self.limits.memory:
+        if held(processes) > self.limits.memory and held(processes, self.server.memory) > self.limits.memory:
             raise Died(f"it took more than {self.limits.memory / GB:g} GB of memory")
 
     def end(self) -> None:
@@ -384,20 +399,30 @@ class Session:
             self.server.stop()
 
 
-def held(processes: Sequence[psutil.Process], shared: bool = False) -> int:
-    """Bytes of memory that some processes hold. shared: what several hold is counted once, which takes longer."""
+def held(processes: Sequence[psutil.Process], inherited: int | None = None) -> int:
+    """Bytes of memory that some processes hold. Counts what several share for each of them, which is quick, or once,
+    if it is said how much of its own the server has: where nobody may look closer, each is taken to share that."""
     total = 0
     for process in processes:
-        try:
-            memory = process.memory_full_info() if shared else process.memory_info()
-            total += memory.pss if shared else memory.rss - memory.shared
-        except psutil.Error:  # it has ended, or may not be looked at: the server
-            continue
+        with suppress(psutil.NoSuchProcess, OSError):
+            try:
+                total += process.memory_info().rss if inherited is None else process.memory_full_info().pss
+            except psutil.AccessDenied:
+                private, shared = own_memory(process.pid)
+                total += max(0, private - (inherited or 0)) + shared
     return total
 
 
-def understood(line: bytes) -> dict:
-    """What a submission's process said; nothing if it makes no sense."""
+def own_memory(pid: int) -> tuple[int, int]:
+    """Bytes of a process's memory that are in no file: its own (or still its parent's), and shared. Raises: OSError."""
+    found = dict(re.findall(r"^(RssAnon|RssShmem):\s+(\d+) kB", Path(f"/proc/{pid}/status").read_text(), re.MULTILINE))
+    return 1024 * int(found.get("RssAnon", 0)), 1024 * int(found.get("RssShmem", 0))
+
+
+def understood(line: bytes | None) -> dict:
+    """What a submission's process said; nothing if it said nothing, or what makes no sense."""
+    if line is None or line.count(b"{") + line.count(b"[") + line.count(b",") > HEAVIEST:
+        return {}
     try:
         message = json.loads(line)
     except (ValueError, RecursionError):
