@@ -19,6 +19,7 @@ from matplotlib.figure import Figure
 
 from cs336_alignment.grading.alike import Pair, Place, alike_of
 from cs336_alignment.grading.feedback import STUB, duration, page_name, templates
+from cs336_alignment.grading.markup import plain
 from cs336_alignment.grading.records import Cell, Class, Record, grade_id, judged, notebook_of, read_cells, read_class
 from cs336_alignment.grading.results import graded_folder, write_atomically
 
@@ -83,7 +84,7 @@ def html(found: Class, verdicts: dict[str, dict], notebooks: dict[str, list[dict
             rows=[exercise_row(cell, records) for cell in cells],
             cases=dearest_cases(verdicts),
             hints=known_mistakes(verdicts),
-            odd=[(r, [str(x) for x in report["findings"]]) for r, report in reports if report.get("findings")],
+            odd=[(r, [plain(str(x)) for x in report["findings"]]) for r, report in reports if report.get("findings")],
             crashed=[(r, report["crashes"]) for r, report in reports if report.get("crashes")],
             slow=sorted(
                 ((float(p.get("seconds") or 0), r) for r, p in reports if p.get("seconds")), key=lambda x: -x[0]
@@ -208,7 +209,7 @@ def around(lines: list[tuple[str, bool]]) -> list[tuple[str, bool] | None]:
     shown: list[tuple[str, bool] | None] = []
     for number, (text, mark) in enumerate(lines):
         if number in near and len(shown) < 80:
-            shown.append((text[:300], mark))
+            shown.append((plain(text[:300]), mark))
         elif shown and shown[-1] is not None:
             shown.append(None)
     return shown

@@ -204,12 +204,31 @@ def cell_titles(root: Path, assignment: str) -> dict[str, str]:
 
 
 def read_report(path: Path) -> dict:
-    """A report.json; {} where there is none, or none that can be read."""
+    """A report.json; {} where there is none, or none that can be read. What is of another kind than it should is left
+    out, so that one broken file costs nobody else's pages."""
     try:
         report = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError, RecursionError):
         return {}
-    return report if isinstance(report, dict) else {}
+    if not isinstance(report, dict):
+        return {}
+    for key in ("findings", "crashes"):
+        report[key] = report[key] if isinstance(report.get(key), list) else []
+    report["crashes"] = [crash for crash in report["crashes"] if isinstance(crash, dict)]
+    if not isinstance(report.get("seconds"), int | float):
+        report["seconds"] = 0.0
+    verdicts = report.pop("exercises", None)
+    if isinstance(verdicts, dict) and all(map(well_formed, verdicts.values())):
+        report["exercises"] = verdicts
+    return report
+
+
+def well_formed(verdict) -> bool:
+    """Whether an exercise's part of a report has points and cases."""
+    if not isinstance(verdict, dict) or not isinstance(verdict.get("cases") or [], list):
+        return False
+    parts = [verdict, *(verdict.get("cases") or [])]
+    return all(isinstance(x, dict) and isinstance(x.get(k), int | float) for x in parts for k in ("points", "of"))
 
 
 def read_cells(path: Path) -> list[dict]:

@@ -85,7 +85,7 @@ def write_atomically(path: Path, text: str) -> None:
     """A reader finds the old file or the new one, never half of it."""
     path.parent.mkdir(parents=True, exist_ok=True)
     part = path.with_name(f".{path.name}.{os.getpid()}.part")
-    part.write_text(text, encoding="utf-8", newline="")
+    part.write_text(text, encoding="utf-8", errors="replace", newline="")  # JSON can hold half a character
     part.replace(path)
 
 

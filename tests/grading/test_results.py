@@ -91,10 +91,14 @@ def test_no_gradebook_and_an_unknown_assignment_are_said_so(tmp_path, course):
 
 def test_a_broken_report_counts_as_none(tmp_path):
     course = make_class(tmp_path, 9)
-    for student, text in zip(range(5), ("", "[]", "{", '{"exercises": 3}', "[" * 100_000)):
-        (course / "autograded" / f"s00{student % 5}" / ASSIGNMENT / "report.json").write_text(text, encoding="utf-8")
+    broken = ("", "[]", "{", '{"exercises": 3, "findings": 3, "crashes": [3], "seconds": "x"}', "[" * 100_000,
+              '{"exercises": {"dpo_loss": {"points": 1, "of": 2, "cases": [3]}}, "findings": ["\\ud800\\u202e"]}',
+              '{"exercises": {"f": 1}}', '{"exercises": {"f": {"cases": {}}}, "file": ["x"]}')  # fmt: skip
+    for student, text in zip([r.student for r in read_class(course, ASSIGNMENT).submitted()], broken, strict=True):
+        (course / "autograded" / student / ASSIGNMENT / "report.json").write_text(text, encoding="utf-8")
     after = after_grading(course, ASSIGNMENT)
     assert len(after.pages) == 8 and after.report.is_file() and len(lines(after.grades)) == 9
+    assert all(not r.report.get("exercises") for r in read_class(course, ASSIGNMENT).records)
 
 
 def test_the_verb_says_where_everything_is(course, capsys):
