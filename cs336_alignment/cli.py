@@ -289,7 +289,7 @@ def grade(
 @app.command()
 def collect(
     assignment: Annotated[str, typer.Argument(help="Such as a4_dpo.")],
-    export: Annotated[Path, typer.Argument(help="A folder or zip from Canvas, Moodle, Blackboard, Gradescope or mail.")],
+    export: Annotated[Path, typer.Argument(help="A folder or zip: Canvas, Moodle, Blackboard, Gradescope or plain.")],
     students: Annotated[
         Path | None, typer.Option(help="A csv file with a column student and any of name, email, canvas_id, moodle_id.")
     ] = None,
