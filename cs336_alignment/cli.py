@@ -183,21 +183,27 @@ def train(
     seed: Seed = 0,
     device: Device = "auto",
     threads: Threads = None,
+    shard: Annotated[
+        bool, typer.Option("--shard", help="Under torchrun: each process holds a part of every parameter only.")
+    ] = False,
 ) -> None:
-    """Train on a file of your own: Alpaca, FLAN, OpenAssistant or preference pairs."""
+    """Train on a file of your own: Alpaca, FLAN, OpenAssistant or preference pairs. Also under torchrun."""
+    from cs336_alignment.distributed import launched
     from cs336_alignment.real_data import train_on_file
 
     use_threads(threads)
-    train_on_file(
-        stage=stage.value,
-        data=str(data),
-        format=format.value,
-        model=model,
-        out=str(out or course_root() / "runs" / stage.value),
-        seed=seed,
-        device=device,
-        steps=steps,
-    )
+    with launched(device) as own_device:
+        train_on_file(
+            stage=stage.value,
+            data=str(data),
+            format=format.value,
+            model=model,
+            out=str(out or course_root() / "runs" / stage.value),
+            seed=seed,
+            device=own_device,
+            steps=steps,
+            sharded=shard,
+        )
 
 
 @world_app.command("show")
@@ -391,6 +397,9 @@ def main(arguments: list[str] | None = None) -> int:
     debug = "--debug" in arguments and arguments[0] != "test"  # pytest has a --debug of its own
     if debug:
         arguments.remove("--debug")
+    if int(os.environ.get("WORLD_SIZE", "1")) > 1 and arguments[:1] != ["train"]:
+        typer.echo("error: under torchrun only `train` runs in several processes; start this one alone", err=True)
+        return USER_ERROR
     try:
         code = app(arguments, prog_name="course.py", standalone_mode=False) or 0
         if code == 130:  # what typer makes of Ctrl-C

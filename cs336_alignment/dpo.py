@@ -12,6 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from cs336_alignment.distributed import add_gradients, added_up, averaged, my_rows, my_turns
 from cs336_alignment.models import autocast
 from cs336_alignment.optimize import (
     Run,
@@ -142,10 +143,12 @@ def train_dpo(
     run = Run("DPO", config, checkpoint, progress, model=model, optimizer=optimizer)
     for step in run:
         pairs = shuffled_batch(len(preferences), config.batch_size, step, config.seed)
+        if not data["response_mask"][torch.cat([pairs, pairs + len(preferences)])].any():
+            raise ValueError(f"step {step}: no response of the batch has a token")
+        chosen_tokens = data["response_mask"][pairs].sum()  # of the whole batch; a process may have a part of it
+        share, pairs = len(my_rows(pairs)) / len(pairs), my_rows(pairs)
         rows = torch.cat([pairs, pairs + len(preferences)])
         batch = {name: x.to(device) for name, x in select_rows(data, rows).items()}
-        if not batch["response_mask"].any():
-            raise ValueError(f"step {step}: no response of the batch has a token")
         with autocast(device):
             log_probs = sequence_log_probs(model, batch)
         policy_chosen, policy_rejected = log_probs.chunk(2)
@@ -153,8 +156,8 @@ def train_dpo(
         loss = loss_fn(
             policy_chosen, policy_rejected, ref_chosen, ref_rejected, config.beta, smoothing[pairs].to(device)
         )
-        chosen_tokens = batch["response_mask"][: len(pairs)].sum()
-        (loss + config.nll_coef * -policy_chosen.sum() / chosen_tokens).backward()
+        (share * loss + config.nll_coef * -policy_chosen.sum() / chosen_tokens.to(device)).backward()
+        add_gradients(model)
         factor = warmup_stable_decay(step, config.steps, config.warmup, config.decay)
         grad_norm = optimizer_step(optimizer, config.learning_rate * factor)
         with torch.no_grad():
@@ -166,8 +169,8 @@ def train_dpo(
             "margin": (chosen_rewards - rejected_rewards).mean(),
             "chosen_log_prob": policy_chosen.mean(),
             "rejected_log_prob": policy_rejected.mean(),
-            "grad_norm": grad_norm,
         }
+        metrics = averaged(metrics, share) | {"grad_norm": grad_norm}
         if evaluate_fn and (step % config.eval_every == 0 or step + 1 == config.steps):
             metrics |= evaluate_fn(model)
         run.record(step, **metrics)
@@ -178,9 +181,12 @@ def train_dpo(
 def reference_log_probs(model, data: dict[str, Tensor], batch_size: int = 128) -> Tensor:
     """`sequence_log_probs` of a whole tokenized data set, in batches; (N,) on the CPU."""
     device = next(model.parameters()).device
-    log_probs = []
-    for rows in torch.arange(len(data["labels"])).split(batch_size):
+    log_probs = None
+    for rows, mine in my_turns(torch.arange(len(data["labels"])).split(batch_size)):
         batch = {name: x.to(device) for name, x in select_rows(data, rows).items()}
         with autocast(device):
-            log_probs.append(sequence_log_probs(model, batch).cpu())
-    return torch.cat(log_probs)
+            found = sequence_log_probs(model, batch).cpu()
+        log_probs = found.new_zeros(len(data["labels"])) if log_probs is None else log_probs
+        if mine:
+            log_probs[rows] = found
+    return added_up(log_probs)

@@ -32,6 +32,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from cs336_alignment.distributed import is_first, whole_state
 from cs336_alignment.tokens import token_log_probs
 
 # -------------------------------------------------------------------------------- Where and in what precision
@@ -684,12 +685,16 @@ def _read_llama(folder: Path, dtype: torch.dtype) -> Llama | None:
 def save_model(model: nn.Module, tokenizer, folder: str | os.PathLike) -> None:
     """Write config.json, model.safetensors and the tokenizer's files, the layout that transformers reads.
 
-    `tokenizer` is anything with `save_pretrained(folder)`, or None for the weights alone.
+    `tokenizer` is anything with `save_pretrained(folder)`, or None for the weights alone. Of several processes all
+    must call this, and the first writes.
     """
-    folder = Path(folder)
+    folder, whole = Path(folder), whole_state(model)
+    if not is_first():
+        return
     folder.mkdir(parents=True, exist_ok=True)
     if isinstance(model, HFCausalLM):
-        model.hf_model.save_pretrained(folder)
+        prefix = "hf_model."
+        model.hf_model.save_pretrained(folder, state_dict={k.removeprefix(prefix): v for k, v in whole.items()})
     elif isinstance(model, Llama):
         from safetensors.torch import save_file
 
@@ -697,7 +702,7 @@ def save_model(model: nn.Module, tokenizer, folder: str | os.PathLike) -> None:
         if tokenizer is not None:
             config |= {"eos_token_id": tokenizer.eos_token_id, "pad_token_id": tokenizer.pad_token_id}
             config["bos_token_id"] = getattr(tokenizer, "bos_token_id", None)
-        state = {k: v.detach().cpu().contiguous() for k, v in model.state_dict().items()}
+        state = {k: v.detach().cpu().contiguous() for k, v in whole.items()}
         if model.config.tie_word_embeddings:
             del state["lm_head.weight"]  # the embedding's memory: safetensors writes none twice
         (folder / "config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")

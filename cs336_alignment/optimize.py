@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 
+from cs336_alignment.distributed import clip_gradients, is_first, is_sharded, load_whole_state, same_start, whole_state
 from cs336_alignment.models import load_progress, save_progress
 
 
@@ -47,7 +48,8 @@ def make_optimizer(model: nn.Module, learning_rate: float, weight_decay: float =
         {"params": [p for p in parameters if p.dim() >= 2], "weight_decay": weight_decay},
         {"params": [p for p in parameters if p.dim() < 2], "weight_decay": 0.0},
     ]
-    return torch.optim.AdamW(groups, lr=learning_rate, betas=(0.9, 0.95), fused=True)
+    fused = not is_sharded(parameters)  # the fused kernel takes no sharded parameters together with whole ones
+    return torch.optim.AdamW(groups, lr=learning_rate, betas=(0.9, 0.95), fused=fused, foreach=None if fused else False)
 
 
 def warmup_stable_decay(step: int, steps: int, warmup: int, decay: int) -> float:
@@ -58,7 +60,7 @@ def warmup_stable_decay(step: int, steps: int, warmup: int, decay: int) -> float
 def optimizer_step(optimizer: torch.optim.Optimizer, learning_rate: float, max_grad_norm: float = 1.0) -> float:
     """Clips the gradient's norm, takes a step, clears the gradient. Returns the norm before clipping."""
     parameters = [p for group in optimizer.param_groups for p in group["params"]]
-    norm = torch.nn.utils.clip_grad_norm_(parameters, max_grad_norm)
+    norm = clip_gradients(parameters, max_grad_norm)
     for group in optimizer.param_groups:
         group["lr"] = learning_rate
     optimizer.step()
@@ -81,10 +83,13 @@ class Run:
     """
 
     def __init__(self, name: str, config, checkpoint: Path | str | None = None, progress: bool = True, **parts):
-        self.name, self.config, self.progress, self.parts = name, config, progress, parts
+        self.name, self.config, self.progress, self.parts = name, config, progress and is_first(), parts
         self.checkpoint = Path(checkpoint) if checkpoint else None
         self.log: list[dict[str, float]] = []
         self.start = 0
+        for part in parts.values():
+            if isinstance(part, nn.Module):
+                same_start(part)
         if self.checkpoint and self.checkpoint.exists():
             state = load_progress(self.checkpoint)
             if state["config"] != asdict(config):
@@ -93,7 +98,7 @@ class Run:
                     "delete it to start again, or give this run another checkpoint path"
                 )
             for part, module in parts.items():
-                module.load_state_dict(state[part])
+                load_whole_state(module, state[part])
             self.start, self.log = state["step"], state["log"]
 
     def __iter__(self) -> Iterator[int]:
@@ -103,8 +108,9 @@ class Run:
                 yield step
                 self.bar.update()
                 if self.checkpoint and ((step + 1) % self.config.save_every == 0 or step + 1 == steps):
-                    state = {part: module.state_dict() for part, module in self.parts.items()}
-                    save_progress(self.checkpoint, step=step + 1, log=self.log, config=asdict(self.config), **state)
+                    state = {part: whole_state(module) for part, module in self.parts.items()}
+                    if is_first():
+                        save_progress(self.checkpoint, step=step + 1, log=self.log, config=asdict(self.config), **state)
 
     def record(self, step: int, **metrics: float | Tensor) -> None:
         """Adds a line to the log and shows it beside the bar."""

@@ -13,6 +13,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from cs336_alignment.distributed import alone
 from cs336_alignment.generate import Samples, response_log_probs, sample
 from cs336_alignment.models import ValueModel, autocast, frozen_copy
 from cs336_alignment.optimize import (
@@ -206,6 +207,7 @@ def train_ppo(
     device = next(model.parameters()).device
     if not prompts:
         raise ValueError("no prompts to train on")
+    alone("PPO")
     prompt_ids = [tokenizer.encode(prompt, add_special_tokens=False) for prompt in prompts]
     ref_model = ref_model or frozen_copy(model)
     value_model = value_model or ValueModel(copy.deepcopy(model)).to(device)

@@ -37,6 +37,7 @@ from cs336_alignment.data import (
     load_preferences,
     split_by_prompt,
 )
+from cs336_alignment.distributed import is_first, shard, whole_state
 from cs336_alignment.dpo import DPOConfig, implicit_reward, reference_log_probs, train_dpo
 from cs336_alignment.generate import generate_text
 from cs336_alignment.models import (
@@ -91,6 +92,7 @@ def train_on_file(
     device: str = "auto",
     steps: int | None = None,
     *,
+    sharded: bool = False,
     bad: Literal["raise", "skip"] = "raise",
     settings: RealConfig | None = None,
     progress: bool = True,
@@ -103,6 +105,7 @@ def train_on_file(
             shrink as (128 / hidden size)^2, a rule of thumb that suits fine-tuning of larger models.
         out: the run gets the folder out/STAGE-FILE-HASH, with model/, metrics.json and plot.png.
         steps: of the stage itself; DPO's SFT before it keeps its own number.
+        sharded: with several processes (see `distributed`), each holds a part of every parameter only.
         bad: what to do with bad records, as in `data`. Pairs of equal texts are left out in any case.
 
     Returns what is in metrics.json: counts, `before` and `after` (or `accuracy`) with standard errors,
@@ -116,6 +119,7 @@ def train_on_file(
         raise ValueError(f"stage is sft, reward or dpo, not {stage!r}")
     if steps is not None and steps < 1:
         raise ValueError(f"steps is {steps}: train for at least one")
+    progress = progress and is_first()
     settings, console = settings or RealConfig(), Console(quiet=not progress)
     where = resolve_device(device)
     started = time.time()
@@ -165,6 +169,7 @@ def train_on_file(
     )
     folder.mkdir(parents=True, exist_ok=True)
     run = _Run(folder, train, held_out, tokenizer, seed, steps, settings, progress)
+    policy = shard(policy) if sharded else policy
     measured = {"sft": _sft, "reward": _reward, "dpo": _dpo}[stage](run, policy)
     metrics = {
         "stage": stage,
@@ -175,6 +180,8 @@ def train_on_file(
         "seconds": round(time.time() - started, 1),
         "folder": str(folder),
     }
+    if not is_first():
+        return metrics
     _plot(metrics, folder / "plot.png")
     # metrics.json is written last and whole: its presence says that the run is finished
     part = folder / "metrics.json.part"
@@ -402,7 +409,9 @@ def _reward(run: _Run, policy: nn.Module) -> dict[str, Any]:
         score(model, run.tokenizer, prompts, [pair[side] for pair in run.held_out]) for side in ("chosen", "rejected")
     )
     save_model(policy, run.tokenizer, run.folder / "model")
-    torch.save(model.head.state_dict(), run.folder / "model" / "reward_head.pt")
+    head = whole_state(model.head)
+    if is_first():
+        torch.save(head, run.folder / "model" / "reward_head.pt")
     return {
         "config": asdict(config),
         "held_out_pairs": _accuracy(chosen, rejected, prompts),

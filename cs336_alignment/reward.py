@@ -12,6 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from cs336_alignment.distributed import add_gradients, averaged, my_rows
 from cs336_alignment.models import autocast
 from cs336_alignment.optimize import (
     Run,
@@ -93,17 +94,20 @@ def train_reward_model(
     optimizer = make_optimizer(model, config.learning_rate, config.weight_decay)
     run = Run("reward model", config, checkpoint, progress, model=model, optimizer=optimizer)
     for step in run:
-        rows = shuffled_batch(len(preferences), config.batch_size, step, config.seed).tolist()
+        batch = shuffled_batch(len(preferences), config.batch_size, step, config.seed)
+        rows = my_rows(batch).tolist()
+        share = len(rows) / len(batch)  # 1 where there is one process
         # One forward for both sides: the same weights see them, and a step costs one pass.
         answers = [chosen[i] for i in rows] + [rejected[i] for i in rows]
         scores = _scores(model, [prompts[i] for i in rows] * 2, answers, tokenizer.pad_token_id, device)
         chosen_scores, rejected_scores = scores.chunk(2)
         loss = loss_fn(chosen_scores, rejected_scores, center_coef=config.center_coef)
-        loss.backward()
+        (share * loss).backward()
+        add_gradients(model)
         factor = warmup_stable_decay(step, config.steps, config.warmup, config.decay)
         grad_norm = optimizer_step(optimizer, config.learning_rate * factor)
         accuracy = (chosen_scores > rejected_scores).float().mean()
-        metrics = {"loss": loss, "accuracy": accuracy, "grad_norm": grad_norm}
+        metrics = averaged({"loss": loss, "accuracy": accuracy}, share) | {"grad_norm": grad_norm}
         if held_out and (step % config.eval_every == 0 or step + 1 == config.steps):
             asked = [pair["prompt"] for pair in held_out]
             better, worse = (

@@ -10,6 +10,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from cs336_alignment.distributed import add_gradients, added_up, my_rows
 from cs336_alignment.models import autocast
 from cs336_alignment.optimize import (
     Run,
@@ -75,14 +76,15 @@ def train_sft(
     optimizer = make_optimizer(model, config.learning_rate)
     run = Run("SFT", config, checkpoint, progress, model=model, optimizer=optimizer)
     for step in run:
-        batch = select_rows(data, shuffled_batch(len(demonstrations), config.batch_size, step, config.seed))
-        tokens = batch["response_mask"].sum()
+        rows = shuffled_batch(len(demonstrations), config.batch_size, step, config.seed)
+        batch = select_rows(data, my_rows(rows, config.accumulation))
+        tokens = data["response_mask"][rows].sum()  # of the whole batch, whatever part of it is this process's
         if tokens == 0:
             raise ValueError(f"step {step}: no demonstration of the batch has a response token")
         loss = 0.0
         for rows in torch.arange(len(batch["labels"])).chunk(config.accumulation):
             micro = {name: x[rows].to(device) for name, x in batch.items()}
-            share = (micro["response_mask"].sum() / tokens).item()
+            share = micro["response_mask"].sum().item() / tokens.item()
             with autocast(device):
                 log_probs = masked_token_log_probs(model(micro["input_ids"]), micro["labels"], micro["response_mask"])
             micro_loss = share * loss_fn(log_probs, micro["response_mask"])
@@ -90,13 +92,16 @@ def train_sft(
             loss += micro_loss.item()
         if replay is not None and config.replay_rows:
             rng = step_generator(config.seed, step)
-            text = replay[torch.randint(len(replay), (config.replay_rows,), generator=rng)].to(device)
+            chosen = torch.randint(len(replay), (config.replay_rows,), generator=rng)
+            text = replay[my_rows(chosen)].to(device)
             with autocast(device):
                 log_probs = token_log_probs(model(text[:, :-1]), text[:, 1:])
-            sft_loss(log_probs, torch.ones_like(log_probs, dtype=torch.bool)).backward()
+            replay_loss = sft_loss(log_probs, torch.ones_like(log_probs, dtype=torch.bool))
+            (len(text) / len(chosen) * replay_loss).backward()
+        add_gradients(model)
         factor = warmup_stable_decay(step, config.steps, config.warmup, config.decay)
         grad_norm = optimizer_step(optimizer, config.learning_rate * factor)
-        metrics = {"loss": loss, "grad_norm": grad_norm}
+        metrics = {"loss": added_up(torch.tensor(loss, dtype=torch.float64)), "grad_norm": grad_norm}
         if held_out and (step % config.eval_every == 0 or step + 1 == config.steps):
             metrics["held_out_loss"] = held_out_loss(model, tokenizer, held_out)
         run.record(step, **metrics)

@@ -15,6 +15,7 @@ from pathlib import Path
 
 import torch
 
+from cs336_alignment.distributed import alone
 from cs336_alignment.models import Llama, ModelConfig, autocast, count_parameters, resolve_device, settings_digest
 from cs336_alignment.optimize import Run, make_optimizer, optimizer_step, warmup_stable_decay
 from cs336_alignment.sft import sft_loss
@@ -105,6 +106,7 @@ def pretrain(
     shares: of each kind of document, in tokens; the held-out loss is that of the standard mixture.
     stable_path: where the weights are saved as they are before the decay.
     """
+    alone("pre-training")
     device = next(model.parameters()).device
     rows_needed = config.steps * config.batch_size
     rows = pack(

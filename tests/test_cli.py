@@ -65,7 +65,7 @@ def test_demo_passes_its_options_on(monkeypatch, tmp_path):
     "module, function, arguments",
     [
         ("pipeline", "run_demo", "seed device model out fresh from_scratch profile"),
-        ("real_data", "train_on_file", "stage data format model out seed device steps"),
+        ("real_data", "train_on_file", "stage data format model out seed device steps sharded"),
         ("world", "describe", ""),
         ("world_training", "train", ""),
     ],
@@ -91,6 +91,7 @@ def test_train_passes_its_options_on(monkeypatch):
                 "seed": 0,
                 "device": "auto",
                 "steps": 5,
+                "sharded": False,
             },
         )
     ]
