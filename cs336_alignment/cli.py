@@ -161,6 +161,34 @@ def run_until_it_ends(command: list[str], folder: Path) -> int:
             continue
 
 
+class BenchProfile(StrEnum):
+    cpu = "cpu"
+    gpu = "gpu"
+
+
+@app.command()
+def bench(
+    profile: Annotated[BenchProfile, typer.Option(help="gpu: a larger model, on a CUDA GPU.")] = BenchProfile.cpu,
+    only: Annotated[
+        str | None, typer.Option(help="Some of sft,rm,dpo,ppo,ragged,sampler,floor; default: all.", metavar="TASKS")
+    ] = None,
+    rounds: Annotated[int, typer.Option(min=1, help="How often each pair is measured, twice a round.")] = 3,
+    others: Annotated[
+        int | None, typer.Option(min=0, help="Rounds in which the other variants run too; default: all.")
+    ] = None,
+    out: Annotated[Path | None, typer.Option(help="Where the tables go, without suffix.")] = None,
+) -> None:
+    """The package beside TRL: the same numbers first, then time and memory (an hour; wants a machine at rest)."""
+    root = course_root()
+    script = root / "benchmarks" / "side_by_side" / "run.py"
+    if not script.is_file():
+        raise FileNotFoundError(f"{script} is not here: the benchmarks come with the checkout of the course")
+    command = [sys.executable, "-u", str(script), "--profile", profile.value, "--rounds", str(rounds)]
+    for name, value in (("--only", only), ("--others", others), ("--out", out)):
+        command += [] if value is None else [name, str(value)]
+    raise typer.Exit(run_until_it_ends(command, root))
+
+
 @app.command()
 def book(
     out: Annotated[Path | None, typer.Option(help="Where the pages go; default: runs/book in the checkout.")] = None,
@@ -280,6 +308,7 @@ def grade(
     """Grade what is in submitted/ and not graded yet. Stopped at any moment, the same command goes on."""
     try:
         from cs336_alignment.grading.grade import grade_assignment, summary
+        from cs336_alignment.grading.results import after_grading
         from cs336_alignment.grading.sandbox import Limits
     except ImportError:
         raise typer.BadParameter("this is the students' edition: grading needs the instructors'") from None
@@ -288,6 +317,7 @@ def grade(
     root = (course or course_root()).resolve()
     batch = grade_assignment(root, assignment, student or (), exercise or (), jobs, force, unsafe, limits)
     typer.echo(summary(batch))
+    show_what_follows(after_grading(root, assignment))
     if batch.failed:
         raise typer.Exit(1)
 
@@ -333,12 +363,16 @@ def report(
     except ImportError:
         raise typer.BadParameter("this is the students' edition: grading needs the instructors'") from None
 
-    after = after_grading((course or course_root()).resolve(), assignment)
+    show_what_follows(after_grading((course or course_root()).resolve(), assignment))
+
+
+def show_what_follows(after) -> None:
+    """Says where the list of grades and the pages are. after: `results.After`."""
     typer.echo(f"grades    {shown(after.grades)}")
     typer.echo(f"feedback  {shown(after.report.with_name('feedback'))}: {len(after.pages)} pages")
     typer.echo(f"report    {shown(after.report)}")
     if after.waiting:
-        typer.echo(f"{after.waiting} answers wait for a person; run this again when they are read")
+        typer.echo(f"{after.waiting} answers wait for a person; say `report` when they are read")
     if after.alike:
         typer.echo(f"{after.alike} pairs of submissions to look at, at the end of the report")
 
@@ -394,6 +428,8 @@ def explain(error: Exception) -> str:
 def main(arguments: list[str] | None = None) -> int:
     """Run a verb; its exit code. 2: the user can put it right (one line); 130: Ctrl-C. A bug raises."""
     arguments = list(sys.argv[1:] if arguments is None else arguments)
+    # What checks notebooks would import this for one kind of web address, none of which is in a notebook: 1.5 seconds.
+    sys.modules.setdefault("rfc3987_syntax", None)
     debug = "--debug" in arguments and arguments[0] != "test"  # pytest has a --debug of its own
     if debug:
         arguments.remove("--debug")
