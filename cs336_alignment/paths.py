@@ -10,6 +10,12 @@ def course_root() -> Path:
     return PACKAGE.parent if (PACKAGE.parent / "pyproject.toml").exists() else Path.cwd()
 
 
+def in_course(root: Path, *parts: str) -> Path:
+    """A file of a course folder; where it has none, the checkout's."""
+    path = root.joinpath(*parts)
+    return path if path.exists() else course_root().joinpath(*parts)
+
+
 def demo_folder(profile: str, seed: int, model: str | None, from_scratch: bool) -> str:
     """A folder for each kind of demo: another seed or model is another run, not a quarrel about the cache."""
     parts = ["demo", *([profile] if profile != "full" else [])]

@@ -24,13 +24,13 @@ from tqdm import tqdm
 
 from cs336_alignment.grading.autograde import SECRET, server_for
 from cs336_alignment.grading.exercise import exercises
-from cs336_alignment.grading.gradebook import Writer, in_course
+from cs336_alignment.grading.gradebook import Writer
 from cs336_alignment.grading.judge import course_secret, files_beside, grade_id, judge
 from cs336_alignment.grading.rescue import rescue
 from cs336_alignment.grading.rescue_files import look
 from cs336_alignment.grading.sandbox import LIMITS, Limits, Server, confinement
 from cs336_alignment.grading.score import Score
-from cs336_alignment.paths import PACKAGE
+from cs336_alignment.paths import PACKAGE, in_course
 
 REPORT = "report.json"
 

@@ -23,7 +23,7 @@ from traitlets.config import Config
 from traitlets.config.loader import PyFileConfigLoader
 
 from cs336_alignment.grading.late import LateDays, read_extensions
-from cs336_alignment.paths import course_root
+from cs336_alignment.paths import course_root, in_course
 
 COURSE = "cs336_alignment"
 
@@ -34,12 +34,6 @@ def configuration(root: Path) -> Config:
     config = PyFileConfigLoader("nbgrader_config.py", path=str(folder)).load_config()
     config.CourseDirectory.root = str(root)
     return config
-
-
-def in_course(root: Path, *parts: str) -> Path:
-    """A file of a course folder; where it has none, the checkout's."""
-    path = root.joinpath(*parts)
-    return path if path.exists() else course_root().joinpath(*parts)
 
 
 class Writer:

@@ -27,6 +27,7 @@ from sqlalchemy import create_engine, select
 from sqlalchemy.orm import Session
 
 from cs336_alignment.grading.exercise import Exercise, exercises
+from cs336_alignment.paths import in_course
 
 LARGEST_NOTEBOOK = 50_000_000  # bytes; nothing larger is read
 
@@ -187,7 +188,7 @@ def cell_titles(root: Path, assignment: str) -> dict[str, str]:
     """The cells' ids in the notebook's order, each with the heading above it: "6. dpo_loss", "10a."."""
     titles, heading = {}, ""
     for folder in ("solutions", "assignments"):
-        for cell in read_cells(root / folder / assignment / f"{assignment}.ipynb"):
+        for cell in read_cells(in_course(root, folder, assignment, f"{assignment}.ipynb")):
             name = grade_id(cell)
             if cell["cell_type"] == "markdown" and not name:
                 found = re.findall(r"^#{1,6}\s+(.+)$", cell["source"], re.MULTILINE)
