@@ -7,7 +7,6 @@ has never seen, and the cell's outputs become a report and the points, which nbg
 """
 
 import html
-import os
 import re
 import secrets
 import threading
@@ -15,7 +14,6 @@ import time
 from collections.abc import Iterator, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, replace
-from itertools import islice
 from pathlib import Path
 
 from nbformat import NotebookNode
@@ -23,7 +21,7 @@ from torch import Tensor
 
 from cs336_alignment.grading.exercise import Exercise
 from cs336_alignment.grading.probe import decode_results, encode_calls
-from cs336_alignment.grading.rescue_files import Unreadable, read
+from cs336_alignment.grading.rescue_files import Unreadable, entries, read
 from cs336_alignment.grading.sandbox import Died, Server
 from cs336_alignment.grading.score import Question, Score, ask_all, case_seeds, score_of
 
@@ -296,12 +294,22 @@ def preloaded(release: NotebookNode) -> list[str]:
     return sorted(set(re.findall(r"^(?:from|import) +([A-Za-z_][\w.]*)", source, re.MULTILINE)))
 
 
+def files_in(folder: Path) -> Iterator[Path]:
+    """The files below a folder, links to files among them: not without end, whatever a student makes of folders."""
+    waiting, seen = [folder] if folder.is_dir() and not folder.is_symlink() else [], 0
+    while waiting and seen < MOST_FILES:
+        for entry in entries(waiting.pop()):
+            seen += 1
+            if entry.is_dir(follow_symlinks=False):
+                waiting.append(Path(entry.path))
+            else:
+                yield Path(entry.path)
+
+
 def files_beside(folder: Path, notebook: str | None) -> dict[str, bytes]:
     """A submission's other files, such as a module that its notebook imports: small ones, and no links."""
     found, left = {}, LARGEST_ANSWER // 4
-    top = folder if folder.is_dir() and not folder.is_symlink() else os.devnull
-    paths = (Path(place, name) for place, _, names in os.walk(top) for name in names)  # no links are followed
-    for path in sorted(islice(paths, MOST_FILES)):
+    for path in sorted(files_in(folder)):
         name = path.relative_to(folder).as_posix()
         wanted = path.suffix != ".ipynb" and name not in (notebook, "timestamp.txt") and name.isprintable()
         if not wanted or path.is_symlink() or len(found) >= 100:
