@@ -26,8 +26,9 @@ from cs336_alignment.grading.autograde import SECRET, server_for
 from cs336_alignment.grading.exercise import exercises
 from cs336_alignment.grading.gradebook import Writer
 from cs336_alignment.grading.judge import course_secret, files_beside, grade_id, judge
+from cs336_alignment.grading.markup import plain
 from cs336_alignment.grading.rescue import rescue
-from cs336_alignment.grading.rescue_files import look
+from cs336_alignment.grading.rescue_files import look, shown
 from cs336_alignment.grading.sandbox import LIMITS, Limits, Server, confinement
 from cs336_alignment.grading.score import Score
 from cs336_alignment.paths import PACKAGE, in_course
@@ -98,7 +99,7 @@ def grade_assignment(
             report = read_report(root, assignment, student) if writer.has(student) else None
             known = report is not None and report.get("digest") == digest(root, assignment, student)
             if only and not known:
-                say(f"{student}: graded whole, since this submission was not graded yet")
+                say(f"{shown(student)}: graded whole, since this submission was not graded yet")
             if known and not (force or students or only):
                 batch.finished.append(student)
                 if report.get("code") != code_digest():
@@ -140,7 +141,7 @@ def run_batch(root, assignment, todo, jobs, unsafe, limits, say, writer, batch) 
                     keep(root, assignment, result, only, writer)
                 except Exception as error:  # ours, or the disk's: the others must not suffer
                     batch.failed[student] = f"{type(error).__name__}: {error}"
-                    say(f"{student}: NOT GRADED: {batch.failed[student]}")
+                    say(f"{shown(student)}: NOT GRADED: {plain(batch.failed[student])}")
                 else:
                     batch.graded.append(result)
                     say(line(result))
@@ -199,9 +200,9 @@ def exercise_report(score: Score) -> dict:
 def line(graded: Graded) -> str:
     """A result on one line."""
     of = sum(exercise["of"] for exercise in graded.report["exercises"].values())
-    text = f"{graded.student}: {graded.points:g} of {of:g}, {graded.report['seconds']:.1f} s"
+    text = f"{shown(graded.student)}: {graded.points:g} of {of:g}, {graded.report['seconds']:.1f} s"
     notes = graded.report["findings"] + [f"cell {c['cell']}: {c['why']}" for c in graded.report["crashes"]]
-    return text + "".join(f"\n    {note}" for note in notes)
+    return text + "".join(f"\n    {plain(note)}" for note in notes)
 
 
 def summary(batch: Batch) -> str:
@@ -211,9 +212,9 @@ def summary(batch: Batch) -> str:
         lines.append(f"{len(batch.older)} of them with other cases than today's; --force grades them again")
     odd = [graded.student for graded in batch.graded if graded.report["findings"] or graded.report["crashes"]]
     if odd:
-        lines.append(f"{len(odd)} with something to look at: {', '.join(odd)}")
+        lines.append(f"{len(odd)} with something to look at: {', '.join(map(shown, odd))}")
     if batch.failed:
-        lines.append(f"{len(batch.failed)} NOT GRADED, by an error of ours: {', '.join(batch.failed)}")
+        lines.append(f"{len(batch.failed)} NOT GRADED, by an error of ours: {', '.join(map(shown, batch.failed))}")
     return "\n".join(lines)
 
 
