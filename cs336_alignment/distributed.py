@@ -217,7 +217,12 @@ def whole_state(part) -> dict:
         full = x.full_tensor()
         return full.cpu() if is_first() else full.new_empty(0)
 
-    return whole(part.state_dict())
+    state = whole(part.state_dict())
+    if process_count() > 1 and isinstance(part, nn.Module):  # what was one parameter under two names is one again
+        first_names: dict[int, str] = {}
+        for name, p in part.named_parameters(remove_duplicate=False):
+            state[name] = state[first_names.setdefault(id(p), name)]
+    return state
 
 
 def load_whole_state(part, state: dict) -> None:

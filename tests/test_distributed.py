@@ -15,11 +15,12 @@ from pathlib import Path
 import pytest
 import torch
 import two_processes
+from safetensors.torch import load_file
 from toys import assert_near, weights_of
 from two_processes import DEMONSTRATIONS, JOBS, TOKENIZER, outcome, policy
 
 from cs336_alignment import cli, distributed
-from cs336_alignment.models import load_model, load_progress
+from cs336_alignment.models import load_model, load_progress, save_model
 from cs336_alignment.optimize import shuffled_batch
 from cs336_alignment.real_data import train_on_file
 from cs336_alignment.sft import sft_loss
@@ -103,6 +104,18 @@ def test_slices_need_not_be_equal(found):
     assert_same_run(found["uneven"], outcome(two_processes.sft(batch_size=5)), 1e-12)
 
 
+def test_a_transformers_model_can_be_sharded_and_saved_whole(found, folder, tmp_path):
+    """float32, with tied embeddings, which are one tensor again in the file."""
+    run = two_processes.wrapped()
+    assert_same_run(found["transformers"], outcome(run), 1e-5)
+    assert found["transformers"]["held"] < 0.6 * outcome(run)["held"]
+    save_model(run[1], None, tmp_path)
+    one, two = (load_file(path / "model.safetensors") for path in (tmp_path, folder / "model"))
+    assert one.keys() == two.keys()
+    for name in one:
+        assert_near(two[name], one[name], 1e-5)
+
+
 def test_the_loss_is_the_mean_over_tokens_and_no_mean_of_means(found):
     """On these ragged rows the classic mistake, the mean of the processes' own means, would be another loss."""
     data = tokenize_prompt_and_output(*([d[k] for d in DEMONSTRATIONS] for k in ("prompt", "response")), TOKENIZER)
@@ -152,7 +165,7 @@ def test_alone_every_function_gives_back_what_it_got():
 
 def test_only_the_first_process_writes(folder):
     names = {path.name for path in folder.iterdir()}
-    assert names == {"found.pt", "functions-0.pt", "functions-1.pt", "whole.pt"}
+    assert names == {"found.pt", "functions-0.pt", "functions-1.pt", "whole.pt", "model"}
     assert load_progress(folder / "whole.pt")["step"] == 6
 
 

@@ -13,7 +13,7 @@ from toys import ToyTokenizer, tiny_llama
 from cs336_alignment import distributed
 from cs336_alignment.dpo import DPOConfig, train_dpo
 from cs336_alignment.generate import sample
-from cs336_alignment.models import RewardModel
+from cs336_alignment.models import HFCausalLM, RewardModel, save_model
 from cs336_alignment.ppo import PPOConfig, train_ppo
 from cs336_alignment.reward import RewardConfig, train_reward_model
 from cs336_alignment.sft import SFTConfig, sft_loss, train_sft
@@ -112,6 +112,16 @@ def functions() -> dict:
     }
 
 
+def wrapped():
+    """A transformers model with tied embeddings, sharded where there are two processes."""
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    shape = dict(vocab_size=12, hidden_size=8, intermediate_size=16, num_hidden_layers=2, num_attention_heads=2)
+    torch.manual_seed(0)
+    model = shard_if(HFCausalLM(LlamaForCausalLM(LlamaConfig(**shape, tie_word_embeddings=True))), True)
+    return train_sft(model, TOKENIZER, DEMONSTRATIONS, SFTConfig(**SHORT, replay_rows=0), progress=False), model
+
+
 def everything(folder: Path) -> None:
     """All loops, each process with the model and each with a part of it; what the first ends with goes to a file."""
     found = {}
@@ -120,6 +130,8 @@ def everything(folder: Path) -> None:
             found[name, sharded] = outcome(job(sharded))
     found["accumulation"] = outcome(sft(accumulation=3))
     found["uneven"] = outcome(sft(batch_size=5))
+    found["transformers"] = outcome(run := wrapped())
+    save_model(run[1], None, folder / "model")
     found["checkpoint"] = outcome(dpo(checkpoint=folder / "whole.pt"))
     torch.save(functions(), folder / f"functions-{distributed.process_rank()}.pt")
     if distributed.is_first():
