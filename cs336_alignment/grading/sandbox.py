@@ -26,6 +26,7 @@ from pathlib import Path
 import psutil
 
 from cs336_alignment.grading import kernel
+from cs336_alignment.paths import PACKAGE, course_root
 
 STUDENT = 60_000  # the first user number of the servers that root starts; no account has it
 GB = 2**30
@@ -132,9 +133,23 @@ def confined(start: list[str], edition: Path, limits: Limits) -> tuple[list[str]
         if not inside and Path(folder).name in ("site-packages", "dist-packages"):
             options += [*open_folders(folder), "--ro-bind", folder, folder]
             path.append(folder)
+    options += covered({options[i + 1]: options[i + 2] for i, word in enumerate(options) if word == "--ro-bind"})
     options += ["--ro-bind", str(edition), "/course", "--chdir", "/tmp"]
     environment = plain_environment(os.pathsep.join(path), "/tmp") | {"PATH": f"{python.parent}:/usr/bin:/bin"}
     return options, environment, str(python)
+
+
+def covered(visible: dict[str, str]) -> list[str]:
+    """Options that hide the course and the package where they lie in a folder that can be seen, such as /usr/src or
+    site-packages. visible: under which name a folder is there."""
+    places = [course_root(), PACKAGE, *([Path.cwd()] if Path("submitted").is_dir() else [])]
+    return [
+        word
+        for place in places
+        for folder, name in visible.items()
+        if place.is_relative_to(folder) and place != Path(folder)
+        for word in ("--tmpfs", str(Path(name, place.relative_to(folder))))
+    ]
 
 
 def open_folders(place: str) -> list[str]:

@@ -23,6 +23,7 @@ from attack_parts import Attack, placed
 from attacks import ATTACKS
 from submissions import ASSIGNMENT, AUTOMATIC, hand_in, points_in, release, solved
 
+from cs336_alignment.grading import sandbox
 from cs336_alignment.grading.compare import difference
 from cs336_alignment.grading.exercise import exercises
 from cs336_alignment.grading.grade import SECRET, Batch, grade_assignment, read_report
@@ -153,7 +154,7 @@ def texts(course: Course, student: str) -> str:
 # --------------------------------------------------------------------------------------------- each of them
 
 
-@pytest.mark.parametrize("attack", each_attack())
+@pytest.mark.parametrize("attack", list(each_attack()))
 def test_an_attack_earns_what_its_own_mathematics_earned(course, attack):
     report = read_report(course.root, ASSIGNMENT, attack.name)
     assert report is not None, course.batch.failed
@@ -212,7 +213,7 @@ def test_no_secret_and_no_expected_value_can_be_read_in_any_result(course):
                 continue
             for question in ask_all(exercise, case_seeds(exercise, secret, graded.student)):
                 values = [result.get("value") for result in question.expected]
-                numbers = [f"{float(x):.6g}" for x in values if getattr(x, "numel", lambda: 0)() == 1]
+                numbers = [f"{float(x.detach()):.6g}" for x in values if getattr(x, "numel", lambda: 0)() == 1]
                 # A student who was right may see his own value; one who was wrong must not see the right one.
                 if not question.case.visible and graded.points == 0:
                     assert not any(n in text for n in numbers if len(n) >= 6), (graded.student, question.case.name)
@@ -253,3 +254,13 @@ def test_a_gradient_that_is_left_out_is_missing():
     found = difference({"value": x, "gradients": [x]}, expected, 1e-4, 1e-5, ("a", "b"), (0, 1))
     assert "gradient by `b` is missing" in found.text
     assert difference({"value": x, "gradients": [x, 2 * x]}, expected, 1e-4, 1e-5, ("a", "b"), (0, 1)) is None
+
+
+@pytest.mark.skipif(bool(NO_SANDBOX), reason=NO_SANDBOX)
+def test_a_course_in_a_visible_folder_is_hidden(monkeypatch, tmp_path):
+    course = Path("/usr/share")
+    monkeypatch.setattr(sandbox, "course_root", lambda: course)
+    options, *_ = sandbox.confined(bubblewrap(), tmp_path, Limits())
+    done = subprocess.run([*options, "ls", "-A", course, "/usr/bin"], capture_output=True, text=True)
+    assert done.stdout.startswith(("/usr/bin:\n", f"{course}:\n\n")) and f"{course}:\n\n" in done.stdout + "\n"
+    assert "\nls\n" in done.stdout and any(course.iterdir())
