@@ -45,6 +45,7 @@ VERBS = {
     "release": "for instructors: make the students' notebooks and their zip from solutions/",
     "lectures": "run the lectures' notebooks and keep their outputs (--stale: only those that need it; --fast)",
     "book": "make the lectures, glossary, bibliography and reference into pages that open in a browser, offline",
+    "bench": "the package side by side with TRL: the same numbers, then time and memory (an hour)",
     "train": "train sft, reward or dpo on a file of your own: train sft --data FILE",
     "world": "look at the embedded world (world show) or retrain its base model (world train)",
     "setup": "make the environment and do nothing else",

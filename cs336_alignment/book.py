@@ -37,7 +37,7 @@ MARKER = ".buildinfo"  # Sphinx writes it: a folder with it is a book of ours, w
 REFERENCE = {
     "Losses and training loops": ["tokens", "sft", "reward", "ppo", "dpo"],
     "What can be computed exactly": ["exact", "corner"],
-    "Models, sampling, measuring": ["models", "generate", "optimize", "distributed", "evaluate"],
+    "Models, sampling, measuring": ["models", "generate", "optimize", "speed", "decode", "distributed", "evaluate"],
     "The town": ["world", "world_training", "ablation"],
     "Your own data": ["data", "real_data", "bpe"],
     "What runs the course": ["pipeline", "report", "notebook", "lectures", "book"],

@@ -110,6 +110,7 @@ def train_dpo(
     *,
     ref_model=None,
     loss_fn: Callable = dpo_loss,
+    log_probs_fn: Callable = sequence_log_probs,
     evaluate_fn: Callable | None = None,
     checkpoint: Path | str | None = None,
     progress: bool = True,
@@ -119,7 +120,8 @@ def train_dpo(
     A pair with "p_chosen" has a soft label: label_smoothing is then 1 - p_chosen for that pair. ref_model:
     pi_ref, by default the policy as it comes; its log-probabilities are computed once, before training.
     `loss_fn` is called as loss_fn(policy_chosen, policy_rejected, ref_chosen, ref_rejected, beta,
-    label_smoothing). evaluate_fn(model) -> dict is called every `config.eval_every` steps and logged.
+    label_smoothing). For speed: log_probs_fn=speed.shared_prompt_log_probs. evaluate_fn(model) -> dict is called
+    every `config.eval_every` steps and logged.
     Raises: ValueError if there are no preferences, or a whole batch has no response token.
     """
     device = next(model.parameters()).device
@@ -138,7 +140,7 @@ def train_dpo(
     if not data["response_mask"].any():
         raise ValueError("no response has a token: nothing to train on")
     # A resumed run's policy has moved on already, so the reference must be taken before the checkpoint is read.
-    ref_log_probs = reference_log_probs(ref_model or model, data)
+    ref_log_probs = reference_log_probs(ref_model or model, data, log_probs_fn=log_probs_fn)
     optimizer = make_optimizer(model, config.learning_rate)
     run = Run("DPO", config, checkpoint, progress, model=model, optimizer=optimizer)
     for step in run:
@@ -150,7 +152,7 @@ def train_dpo(
         rows = torch.cat([pairs, pairs + len(preferences)])
         batch = {name: x.to(device) for name, x in select_rows(data, rows).items()}
         with autocast(device):
-            log_probs = sequence_log_probs(model, batch)
+            log_probs = log_probs_fn(model, batch)
         policy_chosen, policy_rejected = log_probs.chunk(2)
         ref_chosen, ref_rejected = ref_log_probs[rows].to(device).chunk(2)
         loss = loss_fn(
@@ -178,15 +180,24 @@ def train_dpo(
 
 
 @torch.no_grad()
-def reference_log_probs(model, data: dict[str, Tensor], batch_size: int = 128) -> Tensor:
-    """`sequence_log_probs` of a whole tokenized data set, in batches; (N,) on the CPU."""
+def reference_log_probs(
+    model, data: dict[str, Tensor], batch_size: int = 128, log_probs_fn: Callable = sequence_log_probs
+) -> Tensor:
+    """`log_probs_fn` of a whole tokenized data set, chosen rows first, in batches; (2N,) on the CPU.
+
+    `sequence_log_probs` takes rows as they come; another function may need both rows of a pair in one batch.
+    """
     device = next(model.parameters()).device
+    size = len(data["labels"])
+    batches = torch.arange(size).split(batch_size)
+    if log_probs_fn is not sequence_log_probs:
+        batches = [torch.cat([pairs, pairs + size // 2]) for pairs in torch.arange(size // 2).split(batch_size // 2)]
     log_probs = None
-    for rows, mine in my_turns(torch.arange(len(data["labels"])).split(batch_size)):
+    for rows, mine in my_turns(batches):
         batch = {name: x.to(device) for name, x in select_rows(data, rows).items()}
         with autocast(device):
-            found = sequence_log_probs(model, batch).cpu()
-        log_probs = found.new_zeros(len(data["labels"])) if log_probs is None else log_probs
+            found = log_probs_fn(model, batch).cpu()
+        log_probs = found.new_zeros(size) if log_probs is None else log_probs
         if mine:
             log_probs[rows] = found
     return added_up(log_probs)

@@ -3,13 +3,14 @@
 What every model here can do (B sequences, S positions, V vocabulary, d hidden size):
 
     model(input_ids (B, S), attention_mask=None, position_ids=None, cache=None) -> logits (B, S, V)
-    model.hidden(the same arguments) -> (B, S, d)       and model.head(hidden) -> logits
+    model.hidden(the same arguments, at=None) -> (B, S, d)       and model.head(hidden) -> logits
     model.new_cache(batch_size, max_length)             a key-value cache, filled in place when passed
     model.vocab_size, model.hidden_size, model.max_positions
 
 `attention_mask` (B, S) is True on real tokens, padding on either side. A batch padded on the right needs
 none: under causal attention nothing real sees what stands behind it. With a cache it covers all positions so
-far. A mask of shape (B, 1, S, S) says which keys each query sees: for trees of shared prefixes.
+far. A mask of shape (B, 1, S, S) says which keys each query sees: for trees of shared prefixes. `at` (N,) are
+places b * S + t whose hidden states alone are wanted, (N, d): the last block then does no more than these need.
 
 The parameter names are those of transformers' LlamaForCausalLM, so that state dicts go both ways, and the
 logits are the same. What this file is not: a place for losses, sampling or training.
@@ -217,7 +218,15 @@ class Attention(nn.Module):
         self.v_proj = nn.Linear(config.hidden_size, keys, bias=False)
         self.o_proj = nn.Linear(queries, config.hidden_size, bias=False)
 
-    def forward(self, x: Tensor, rope: tuple[Tensor, Tensor], mask: Tensor | None, cache: KVCache | None, layer: int):
+    def forward(
+        self,
+        x: Tensor,
+        rope: tuple[Tensor, Tensor],
+        mask: Tensor | None,
+        cache: KVCache | None,
+        layer: int,
+        at: Tensor | None = None,
+    ) -> Tensor:
         heads = (*x.shape[:2], -1, self.head_dim)
         q = rotate(self.q_proj(x).view(heads), *rope).transpose(1, 2)
         k = rotate(self.k_proj(x).view(heads), *rope).transpose(1, 2)
@@ -229,7 +238,7 @@ class Attention(nn.Module):
         # Without a mask the kernel masks causally by itself; a single new position sees all there is anyway.
         causal = mask is None and q.shape[2] > 1
         out = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=causal)
-        return self.o_proj(out.transpose(1, 2).flatten(2))
+        return self.o_proj(places(out.transpose(1, 2).flatten(2), at))
 
 
 class SwiGLU(nn.Module):
@@ -255,9 +264,22 @@ class Block(nn.Module):
         self.input_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
         self.post_attention_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
 
-    def forward(self, x: Tensor, rope: tuple[Tensor, Tensor], mask: Tensor | None, cache: KVCache | None, layer: int):
-        x = x + self.self_attn(self.input_layernorm(x), rope, mask, cache, layer)
+    def forward(
+        self,
+        x: Tensor,
+        rope: tuple[Tensor, Tensor],
+        mask: Tensor | None,
+        cache: KVCache | None,
+        layer: int,
+        at: Tensor | None = None,
+    ) -> Tensor:
+        x = places(x, at) + self.self_attn(self.input_layernorm(x), rope, mask, cache, layer, at)
         return x + self.mlp(self.post_attention_layernorm(x))
+
+
+def places(x: Tensor, at: Tensor | None) -> Tensor:
+    """x (B, S, d) at the places b * S + t in `at` (N,), giving (N, d); x itself where `at` is None."""
+    return x if at is None else x.flatten(0, 1).index_select(0, at)
 
 
 class Decoder(nn.Module):
@@ -310,8 +332,9 @@ class Llama(nn.Module):
         attention_mask: Tensor | None = None,
         position_ids: Tensor | None = None,
         cache: KVCache | None = None,
+        at: Tensor | None = None,
     ) -> Tensor:
-        """input_ids (B, S) -> the normed output of the last layer, (B, S, d); arguments as above.
+        """input_ids (B, S) -> the normed output of the last layer, (B, S, d), or (N, d) with `at`; arguments as above.
 
         Raises: ValueError where the model's positions or the cache are too few.
         """
@@ -329,7 +352,8 @@ class Llama(nn.Module):
         x = self.model.embed_tokens(input_ids)
         cos, sin = rope.unsqueeze(-2).unbind(0)  # (B or 1, S, 1, D), the same for every layer
         for layer, block in enumerate(self.model.layers):
-            x = block(x, (cos, sin), visible, cache, layer)
+            last = layer + 1 == len(self.model.layers)
+            x = block(x, (cos, sin), visible, cache, layer, at if last else None)
         if cache is not None:
             cache.length = total
         return self.model.norm(x)
@@ -428,8 +452,9 @@ class HFCausalLM(nn.Module):
         attention_mask: Tensor | None = None,
         position_ids: Tensor | None = None,
         cache=None,
+        at: Tensor | None = None,
     ) -> Tensor:
-        """input_ids (B, S) -> the decoder's last hidden state (B, S, d)."""
+        """input_ids (B, S) -> the decoder's last hidden state, (B, S, d), or (N, d) with `at`."""
         past = 0 if cache is None else cache.get_seq_length()
         if position_ids is None:
             check_length(past + input_ids.shape[1], self.max_positions, attention_mask)
@@ -441,7 +466,7 @@ class HFCausalLM(nn.Module):
         if attention_mask is not None:
             extra["attention_mask"] = attention_mask
         output = self.decoder(input_ids=input_ids, past_key_values=cache, use_cache=cache is not None, **extra)
-        return output.last_hidden_state
+        return places(output.last_hidden_state, at)
 
     def head(self, hidden: Tensor) -> Tensor:
         """(..., d) -> logits (..., V), with what some families add: Cohere and Granite scale, Gemma caps."""
@@ -525,6 +550,10 @@ class RewardModel(nn.Module):
         mask = response_mask[:, 1:]
         log_probs = token_log_probs(self.backbone.head(hidden[:, :-1][mask]), input_ids[:, 1:][mask])
         log_probs = log_probs.new_zeros(mask.shape).masked_scatter(mask, log_probs).sum(dim=1)  # equation 2.1
+        return self.with_likelihood(scores, log_probs)
+
+    def with_likelihood(self, scores: Tensor, log_probs: Tensor) -> Tensor:
+        """The read-out (B,) and the responses' log-probabilities (B,) together, for a model with `likelihood`."""
         return scores + self.LIKELIHOOD_SCALE * self.likelihood * log_probs
 
 

@@ -192,6 +192,10 @@ def train_ppo(
     advantages_fn: Callable = gae,
     policy_loss_fn: Callable = ppo_policy_loss,
     value_loss_fn: Callable = ppo_value_loss,
+    log_probs_fn: Callable = response_log_probs,
+    values_fn: Callable | None = None,
+    trust_sampler: bool = False,
+    for_sampling: Callable | None = None,
     evaluate_fn: Callable | None = None,
     checkpoint: Path | str | None = None,
     progress: bool = True,
@@ -202,6 +206,10 @@ def train_ppo(
     Responses reach `reward_fn` as text, with the EOS token where the policy ended them. ref_model: pi_ref, by
     default a copy of the policy as it comes. value_model: by default a new head on such a copy.
     evaluate_fn(model) -> dict is called every `config.eval_every` iterations and logged. name: of the progress bar.
+    For speed: log_probs_fn=speed.response_only_sample_log_probs, values_fn=speed.response_only_values (by default
+    `response_values`), and trust_sampler=True: the old log-probabilities are those that `sample` noted, instead of a
+    second pass that finds the same ones again to rounding (not for a model with dropout). for_sampling=
+    decode.for_sampling lays the policy out anew for each iteration's sampling.
     Raises: ValueError if there are no prompts, or a score is not finite.
     """
     device = next(model.parameters()).device
@@ -211,6 +219,7 @@ def train_ppo(
     prompt_ids = [tokenizer.encode(prompt, add_special_tokens=False) for prompt in prompts]
     ref_model = ref_model or frozen_copy(model)
     value_model = value_model or ValueModel(copy.deepcopy(model)).to(device)
+    values_fn = values_fn or response_values
     optimizer = make_optimizer(model, config.learning_rate)
     value_optimizer = make_optimizer(value_model, config.value_learning_rate)
     run = Run(
@@ -222,7 +231,7 @@ def train_ppo(
         rows = shuffled_batch(len(prompts), config.batch_size, step, config.seed).tolist()
         with autocast(device):
             samples = sample(
-                model,
+                for_sampling(model) if for_sampling else model,
                 [prompt_ids[i] for i in rows],
                 max_new_tokens=config.max_new_tokens,
                 eos_token_id=tokenizer.eos_token_id,
@@ -238,9 +247,9 @@ def train_ppo(
 
         # 2. Everything the updates hold fixed: old log-probs and values, rewards, advantages.
         with torch.no_grad(), autocast(device):
-            old_log_probs = response_log_probs(model, samples, config.temperature)
-            ref_log_probs = response_log_probs(ref_model, samples, config.temperature)
-            old_values = response_values(value_model, samples)
+            old_log_probs = samples.log_probs if trust_sampler else log_probs_fn(model, samples, config.temperature)
+            ref_log_probs = log_probs_fn(ref_model, samples, config.temperature)
+            old_values = values_fn(value_model, samples)
         mask = samples.response_mask
         rewards = rewards_fn(scores, old_log_probs, ref_log_probs, mask, config.beta)
         advantages, returns = advantages_fn(rewards, old_values, mask, config.gamma, config.lam)
@@ -255,7 +264,7 @@ def train_ppo(
             for minibatch in order.to(device).chunk(config.minibatches):
                 part = samples.rows(minibatch)
                 with autocast(device):
-                    values = response_values(value_model, part)
+                    values = values_fn(value_model, part)
                 value_loss = value_loss_fn(
                     values, old_values[minibatch], returns[minibatch], part.response_mask, config.value_clip_eps
                 )
@@ -264,7 +273,7 @@ def train_ppo(
                 if step < config.value_warmup:
                     continue
                 with autocast(device):
-                    log_probs = response_log_probs(model, part, config.temperature)
+                    log_probs = log_probs_fn(model, part, config.temperature)
                 policy_loss = policy_loss_fn(
                     log_probs, old_log_probs[minibatch], advantages[minibatch], part.response_mask, config.clip_eps
                 )

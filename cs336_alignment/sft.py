@@ -10,7 +10,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from cs336_alignment.distributed import add_gradients, added_up, my_rows
+from cs336_alignment.distributed import add_gradients, added_up, is_sharded, my_rows
 from cs336_alignment.models import autocast
 from cs336_alignment.optimize import (
     Run,
@@ -20,6 +20,7 @@ from cs336_alignment.optimize import (
     step_generator,
     warmup_stable_decay,
 )
+from cs336_alignment.speed import length_sorted_parts
 from cs336_alignment.tokens import (
     masked_mean,
     masked_token_log_probs,
@@ -37,6 +38,14 @@ def sft_loss(log_probs: Tensor, response_mask: Tensor) -> Tensor:
     each by its share of the tokens, or ragged batches give another gradient (lecture 02).
     """
     return -masked_mean(log_probs, response_mask)
+
+
+def demonstration_log_probs(model, batch: dict[str, Tensor]) -> Tensor:
+    """log-probabilities of a batch's response labels, 0 elsewhere: {"input_ids", ...} each (B, S) -> (B, S).
+
+    The plain form. `speed.response_only_log_probs` gives the same and leaves out what no response token needs.
+    """
+    return masked_token_log_probs(model(batch["input_ids"]), batch["labels"], batch["response_mask"])
 
 
 @dataclass
@@ -62,6 +71,8 @@ def train_sft(
     held_out: list[dict] = (),
     replay: Tensor | None = None,
     loss_fn: Callable = sft_loss,
+    log_probs_fn: Callable = demonstration_log_probs,
+    part_tokens: int | None = None,
     checkpoint: Path | str | None = None,
     progress: bool = True,
 ) -> list[dict[str, float]]:
@@ -69,10 +80,14 @@ def train_sft(
 
     replay: (N, L) token ids of pre-training text; `config.replay_rows` of them join each step with their own
     next-token loss, so that the model keeps what it knows. held_out: demonstrations whose loss is logged.
+    For speed: log_probs_fn=speed.response_only_log_probs; part_tokens cuts a step's batch into micro-batches of
+    rows of similar length, at most so many tokens each, instead of `config.accumulation` equal ones.
     Raises: ValueError if there is nothing to train on, or a whole batch has no response token.
     """
     device = next(model.parameters()).device
     data = _tokenize(demonstrations, tokenizer)
+    if part_tokens and is_sharded(model.parameters()):
+        raise ValueError("part_tokens gives each process another number of micro-batches; sharded ones must keep step")
     optimizer = make_optimizer(model, config.learning_rate)
     run = Run("SFT", config, checkpoint, progress, model=model, optimizer=optimizer)
     for step in run:
@@ -82,11 +97,14 @@ def train_sft(
         if tokens == 0:
             raise ValueError(f"step {step}: no demonstration of the batch has a response token")
         loss = 0.0
-        for rows in torch.arange(len(batch["labels"])).chunk(config.accumulation):
-            micro = {name: x[rows].to(device) for name, x in batch.items()}
+        parts = torch.arange(len(batch["labels"])).chunk(config.accumulation)
+        if part_tokens:
+            parts = length_sorted_parts(batch["response_mask"], part_tokens)
+        for rows in parts:
+            micro = {name: x.to(device) for name, x in select_rows(batch, rows).items()}
             share = micro["response_mask"].sum().item() / tokens.item()
             with autocast(device):
-                log_probs = masked_token_log_probs(model(micro["input_ids"]), micro["labels"], micro["response_mask"])
+                log_probs = log_probs_fn(model, micro)
             micro_loss = share * loss_fn(log_probs, micro["response_mask"])
             micro_loss.backward()
             loss += micro_loss.item()

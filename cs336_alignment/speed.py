@@ -19,7 +19,7 @@ from torch import Tensor
 
 from cs336_alignment.generate import Samples
 from cs336_alignment.models import autocast, check_length, scalar_head
-from cs336_alignment.tokens import at_least_float32, collate, token_log_probs
+from cs336_alignment.tokens import at_least_float32, collate, masked_token_log_probs
 
 # --------------------------------------------------------------- Only where the response is predicted
 
@@ -32,7 +32,7 @@ def hidden_where(model, input_ids: Tensor, wanted: Tensor) -> Tensor:
 def response_only_log_probs(model, batch: dict[str, Tensor]) -> Tensor:
     """`sft.demonstration_log_probs`, (B, S), computing the last block and the output layer at response labels only."""
     mask = _response_mask(batch)
-    return _scatter(model, hidden_where(model, batch["input_ids"], mask), batch["labels"], mask)
+    return masked_token_log_probs(model.head(hidden_where(model, batch["input_ids"], mask)), batch["labels"], mask)
 
 
 def response_only_sequence_log_probs(model, batch: dict[str, Tensor]) -> Tensor:
@@ -47,20 +47,13 @@ def _response_mask(batch: dict[str, Tensor]) -> Tensor:
     return mask
 
 
-def _scatter(model, hidden: Tensor, labels: Tensor, mask: Tensor) -> Tensor:
-    """Hidden states (N, d) where the mask (B, S) is True -> log-probabilities of the labels there, 0 elsewhere."""
-    log_probs = token_log_probs(model.head(hidden), labels[mask])
-    return log_probs.new_zeros(mask.shape).masked_scatter(mask, log_probs)
-
-
 def response_only_sample_log_probs(model, samples: Samples, temperature: float = 1.0) -> Tensor:
     """`generate.response_log_probs`, (B, T), in the same way."""
     if temperature <= 0:
         raise ValueError(f"temperature is {temperature}: it must be above 0; greedy samples are scored at 1")
     mask = samples.response_mask
     logits = at_least_float32(model.head(_before_responses(model, samples))) / temperature
-    log_probs = token_log_probs(logits, samples.response_ids[mask])
-    return log_probs.new_zeros(mask.shape).masked_scatter(mask, log_probs)
+    return masked_token_log_probs(logits, samples.response_ids, mask)
 
 
 def response_only_values(value_model, samples: Samples) -> Tensor:
@@ -127,7 +120,7 @@ def shared_prompt_token_log_probs(model, batch: dict[str, Tensor]) -> Tensor:
     first = torch.where(mask.any(1), mask.long().argmax(1), mask.shape[1])  # predicts a row's first response token
     prompt_lengths = (torch.minimum(*first.chunk(2)) + 1).clamp(max=mask.shape[1])
     hidden = shared_prompt_hidden(model, batch["input_ids"], prompt_lengths, mask)
-    return _scatter(model, hidden, batch["labels"], mask)
+    return masked_token_log_probs(model.head(hidden), batch["labels"], mask)
 
 
 def shared_prompt_log_probs(model, batch: dict[str, Tensor]) -> Tensor:
@@ -169,8 +162,8 @@ def _scores(model, prompts, responses, pad_token_id, device, shared: bool) -> Te
         scores = scalar_head(model.head, hidden[last[wanted]])
         if model.likelihood is not None:
             labels = ids.roll(-1, dims=1)
-            log_probs = _scatter(model.backbone, hidden[predicting[wanted]], labels, predicting).sum(dim=1)
-            scores = model.with_likelihood(scores, log_probs)
+            logits = model.backbone.head(hidden[predicting[wanted]])
+            scores = model.with_likelihood(scores, masked_token_log_probs(logits, labels, predicting).sum(dim=1))
     return scores.float()
 
 

@@ -146,12 +146,13 @@ def sequence_log_probs(model, batch: dict[str, Tensor]) -> Tensor:
 def masked_token_log_probs(logits: Tensor, labels: Tensor, mask: Tensor) -> Tensor:
     """`token_log_probs` where the mask is True, 0 elsewhere: (B, S, V), (B, S), (B, S) -> (B, S).
 
+    The logits may also be given at those positions only, (N, V), in the order of `logits[mask]`.
     Raises: TypeError if the mask is not boolean, ValueError as `token_log_probs`.
     """
     if mask.dtype != torch.bool:  # integers would index rows instead of selecting positions
         raise TypeError(f"response_mask must be boolean, got {mask.dtype}; convert it with mask.bool()")
     # Only response positions enter the softmax: cheaper, and whatever the others hold stays out of the gradient.
-    log_probs = token_log_probs(logits[mask], labels[mask])
+    log_probs = token_log_probs(logits if logits.dim() == mask.dim() else logits[mask], labels[mask])
     return log_probs.new_zeros(mask.shape).masked_scatter(mask, log_probs)
 
 

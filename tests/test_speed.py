@@ -5,6 +5,7 @@ import torch
 from toys import PAD, ToyTokenizer, assert_near, tiny_llama, weights_of
 
 from cs336_alignment import speed
+from cs336_alignment.decode import for_sampling
 from cs336_alignment.dpo import DPOConfig, reference_log_probs, train_dpo
 from cs336_alignment.generate import response_log_probs, sample
 from cs336_alignment.models import HFCausalLM, Llama, ModelConfig, RestrictedVocabulary, RewardModel, ValueModel
@@ -209,7 +210,8 @@ def test_ppo_with_the_tricks_ends_where_the_plain_loop_ends():
     plain = trained(train_ppo, deep_llama(), prompts, length, config)
     tricks = {"log_probs_fn": speed.response_only_sample_log_probs, "values_fn": speed.response_only_values}
     assert_near(trained(train_ppo, deep_llama(), prompts, length, config, **tricks), plain, 1e-6)
-    trusting = trained(train_ppo, deep_llama(), prompts, length, config, **tricks, trust_sampler=True)
+    tricks |= {"trust_sampler": True, "for_sampling": for_sampling}
+    trusting = trained(train_ppo, deep_llama(), prompts, length, config, **tricks)
     assert_near(trusting, plain, 1e-4)  # the sampler notes its log-probabilities in float32
 
 

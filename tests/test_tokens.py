@@ -327,3 +327,9 @@ def test_logits_behind_the_mask_never_reach_the_gradient():
         masked_token_log_probs(x, labels, mask).sum().backward()
     assert torch.equal(logits.grad, clean.grad) and logits.grad.isfinite().all()
     assert (masked_token_log_probs(logits, labels, mask)[~mask] == 0).all()
+
+
+def test_logits_may_be_given_where_the_mask_is_true_only():
+    logits, labels = torch.randn(2, 3, 5), torch.randint(0, 5, (2, 3))
+    mask = torch.tensor([[True, False, True], [False, True, False]])
+    assert torch.equal(masked_token_log_probs(logits[mask], labels, mask), masked_token_log_probs(logits, labels, mask))

@@ -8,7 +8,7 @@ Every loop draws its batch once a step; that is where the clock ticks, so the lo
 import torch
 from setting import Clock, Setting, WordTokenizer, pairs, ragged, score_weights, text, weights
 
-from cs336_alignment import dpo, generate, ppo, reward, sft, speed
+from cs336_alignment import decode, dpo, generate, ppo, reward, sft, speed
 from cs336_alignment.models import Llama, ModelConfig, RewardModel, ValueModel
 from cs336_alignment.optimize import shuffled_batch
 
@@ -128,7 +128,7 @@ def run_ppo(setting: Setting, variant: str, steps: int, clock: Clock, replay: di
     tricks = {}
     if variant == "fast":
         tricks = {"log_probs_fn": speed.response_only_sample_log_probs, "values_fn": speed.response_only_values}
-        tricks["trust_sampler"] = True
+        tricks |= {"trust_sampler": True, "for_sampling": decode.for_sampling}
     losses = []
 
     def policy_loss(*args):
@@ -188,6 +188,7 @@ def run_ppo(setting: Setting, variant: str, steps: int, clock: Clock, replay: di
 
 def run_sampler(setting: Setting, variant: str, steps: int, clock: Clock) -> list[float]:
     model = llama(setting, 1).eval()
+    model = decode.for_sampling(model) if variant == "fast" else model  # once: the weights stay
     generator = torch.Generator(setting.device).manual_seed(0)
     prompts = [p["prompt"] for p in pairs(setting, setting.batch_size)]
     clock.watched = model

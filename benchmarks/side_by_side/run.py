@@ -36,7 +36,7 @@ OTHERS = {
     ],
     "ppo": [("ours", "plain"), ("trl112", "defaults")],
     "ragged": [("ours", "plain"), ("trl", "packed")],
-    "sampler": [("plain_hf", "scores")],
+    "sampler": [("ours", "plain"), ("plain_hf", "scores")],
 }  # fmt: skip
 
 
@@ -134,12 +134,12 @@ def main() -> None:
     arguments = parser.parse_args()
     only = arguments.only.split(",")
     if wrong := set(only) - set(TASKS):
-        sys.exit(f"error: --only takes some of {','.join(TASKS)}, not {', '.join(sorted(wrong))}")
+        parser.error(f"--only takes some of {','.join(TASKS)}, not {', '.join(sorted(wrong))}")
     if arguments.profile == "gpu":
         import torch
 
         if not torch.cuda.is_available():
-            sys.exit("error: --profile gpu needs a CUDA GPU, and torch sees none")
+            parser.error("--profile gpu needs a CUDA GPU, and torch sees none")
     work = ROOT / "runs" / "bench"
     work.mkdir(parents=True, exist_ok=True)
     name = "side_by_side" if arguments.profile == "cpu" else "side_by_side_gpu"

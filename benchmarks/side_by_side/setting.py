@@ -36,7 +36,7 @@ class Setting:
     learning_rate: float = 1e-4
     beta: float = 0.3  # of DPO
     kl_coef: float = 0.2  # of PPO
-    steps: int = 6  # measured in each process
+    steps: int = 4  # measured in each process
     warmup: int = 1  # steps before these, not measured
     ppo_steps: int = 2  # the same for PPO, whose steps are long
     ppo_epochs: int = 4
