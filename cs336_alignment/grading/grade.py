@@ -7,6 +7,7 @@ by Ctrl-C or for good, and goes on with what is not finished.
 """
 
 import contextlib
+import gc
 import hashlib
 import json
 import os
@@ -129,6 +130,7 @@ def run_batch(root, assignment, todo, jobs, unsafe, limits, say, writer, batch) 
         finally:
             servers.put(server)
 
+    gc.freeze()  # what is imported stays; it need not be looked through again and again
     tqdm.monitor_interval = 0  # no thread of tqdm's own
     pool = ThreadPoolExecutor(jobs, thread_name_prefix="grade")
     try:
@@ -235,7 +237,8 @@ def keep(root: Path, assignment: str, graded: Graded, only: Sequence[str], write
     for left in (part, old):
         shutil.rmtree(left, ignore_errors=True)
     part.mkdir(parents=True)
-    nbformat.write(notebook, part / f"{assignment}.ipynb")
+    # Not nbformat.write, whose many short lines are for people, and slow.
+    (part / f"{assignment}.ipynb").write_text(json.dumps(notebook, ensure_ascii=False), encoding="utf-8")
     (part / REPORT).write_text(json.dumps(report, indent=1), encoding="utf-8")
     if timestamp:
         (part / "timestamp.txt").write_text(timestamp + "\n", encoding="utf-8")

@@ -63,7 +63,7 @@ class Writer:
         self.book.close()
 
     def is_current(self) -> bool:
-        """Whether the gradebook knows the release's cells as they are."""
+        """Whether the gradebook knows the assignment's cells as they are."""
         try:
             notebook = self.book.find_notebook(self.assignment, self.assignment)
         except MissingEntry:
@@ -83,16 +83,24 @@ class Writer:
         self.book.db.rollback()  # what was read is not kept locked
 
     def checksums(self) -> dict[str, str]:
-        path = in_course(self.root, "assignments", self.assignment, f"{self.assignment}.ipynb")
-        cells = [cell.metadata.get("nbgrader", {}) for cell in nbformat.read(path, as_version=4).cells]
-        return {cell["grade_id"]: cell["checksum"] for cell in cells if "checksum" in cell}
+        """Of all cells, as nbgrader keeps them: with hidden tests where there are some, otherwise as released."""
+        released, source = (
+            nbformat.read(in_course(self.root, folder, self.assignment, f"{self.assignment}.ipynb"), as_version=4).cells
+            for folder in ("assignments", "solutions")
+        )
+        marks = [cell.metadata.get("nbgrader", {}) for cell in released]
+        found = {mark["grade_id"]: mark["checksum"] for mark in marks if "checksum" in mark}
+        for cell in source:
+            if utils.is_grade(cell) and not utils.is_solution(cell):
+                found[cell.metadata.nbgrader.grade_id] = utils.compute_checksum(cell)
+        return found
 
     def add_assignment(self) -> None:
         """What `nbgrader generate_assignment` does, but the release that it makes is thrown away."""
         with tempfile.TemporaryDirectory() as folder:
             config = self.config.copy()
             config.CourseDirectory.root = str(self.root)
-            config.CourseDirectory.source_directory = str(in_course(self.root, "solutions"))
+            config.CourseDirectory.source_directory = str(in_course(self.root, "solutions", self.assignment).parent)
             config.CourseDirectory.release_directory = str(Path(folder).resolve())
             config.CourseDirectory.assignment_id = self.assignment
             config.GenerateAssignment.create_assignment = True
