@@ -5,6 +5,11 @@ model spends its time on starting operations, so there are fewer of them here: q
 matrix product, gate and up projection from another, the norms' weights are multiplied into the matrices that follow,
 rotary positions are one complex product, and the residual is added by the matrix product itself.
 
+On a GPU what is left is the time to start each operation. There the cache is static: its memory and every tensor that
+a step reads stay where they are, all positions are attended to under a mask, and the step is captured as a CUDA graph
+once and replayed for each token. On a CPU the same static step is tested without the graph; nobody has run the
+captured one on a GPU yet.
+
 The weights are copied: make it anew after an optimizer step. The plain form is `models.Llama`; a test holds the two
 together. No gradient goes through it. What this file is not: a sampler; that is `generate.sample`.
 """
@@ -15,7 +20,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from cs336_alignment.models import Llama, check_length, positions_from_mask, visible_keys
+from cs336_alignment.models import Llama, check_length, device_of, positions_from_mask, visible_keys
 
 
 class JointCache:
@@ -31,6 +36,28 @@ class JointCache:
         self.layers = [layer[rows] for layer in self.layers]
 
 
+class StaticCache(JointCache):
+    """A cache whose step can be captured: everything that a step reads or writes has one place in memory."""
+
+    def __init__(self, layers: int, shape: tuple[int, int, int, int], hidden_size: int, like: Tensor):
+        super().__init__(layers, shape, like.device, like.dtype)
+        for memory in self.layers:
+            memory.zero_()  # what is masked still enters a product, and 0 * NaN = NaN
+        batch, _, length, _ = shape
+        self.tokens = torch.zeros(batch, dtype=torch.long, device=like.device)
+        self.positions = torch.zeros(batch, dtype=torch.long, device=like.device)
+        self.slot = torch.zeros(1, dtype=torch.long, device=like.device)  # the column that the new token takes
+        self.visible = torch.zeros((batch, 1, 1, length), dtype=torch.bool, device=like.device)
+        self.output = like.new_zeros((batch, hidden_size))
+        self.graph: torch.cuda.CUDAGraph | None = None
+
+    def batch_select_indices(self, rows: Tensor) -> None:
+        super().batch_select_indices(rows)
+        for name in ("tokens", "positions", "visible", "output"):
+            setattr(self, name, getattr(self, name)[rows])
+        self.graph = None  # it would write to the old places
+
+
 def interleaved(weight: Tensor, head_dim: int) -> Tensor:
     """Rows of a query or key projection, so that the two features that turn together are neighbours.
 
@@ -44,8 +71,9 @@ class SamplingLlama(nn.Module):
     """The interface of `models.Llama` without gradients; `for_sampling` makes one."""
 
     @torch.no_grad()
-    def __init__(self, model: Llama):
+    def __init__(self, model: Llama, static: bool):
         super().__init__()
+        self.static = static
         self.plain = model
         self.config = config = model.config
         self.training = model.training
@@ -93,6 +121,8 @@ class SamplingLlama(nn.Module):
 
     def new_cache(self, batch_size: int, max_length: int) -> JointCache:
         shape = (batch_size, 2 * self.kv_heads, max_length, self.head_dim)
+        if self.static:
+            return StaticCache(len(self.blocks), shape, self.hidden_size, self.output)
         return JointCache(len(self.blocks), shape, self.output.device, self.output.dtype)
 
     def normed(self, x: Tensor) -> Tensor:
@@ -118,6 +148,18 @@ class SamplingLlama(nn.Module):
             check_length(total, self.max_positions, attention_mask)
             if attention_mask is not None:
                 position_ids = positions_from_mask(attention_mask)[:, past:]
+        if isinstance(cache, StaticCache):
+            real = True if attention_mask is None else attention_mask[:, None, None, past:total].bool()
+            cache.visible[..., past:total] = real
+            if size == 1:
+                cache.tokens.copy_(input_ids[:, 0])
+                cache.positions.copy_(
+                    torch.full_like(cache.positions, past) if position_ids is None else position_ids[:, 0]
+                )
+                cache.slot.fill_(past)
+                self.run_static_step(cache)
+                cache.length = total
+                return cache.output[:, None].clone()
         if attention_mask is not None and size == 1 and attention_mask.dim() == 2:
             visible = attention_mask.bool()[:, None, None, :]
         else:
@@ -130,9 +172,7 @@ class SamplingLlama(nn.Module):
 
         x = F.embedding(input_ids.flatten(), self.plain.model.embed_tokens.weight).to(self.output.dtype)
         for (qkv, out, gate_up, down), memory in zip(self.blocks, cache.layers):
-            projected = (self.normed(x) @ qkv).view(batch, size, -1, self.head_dim // 2, 2)
-            projected = torch.view_as_complex(projected.to(turn.real.dtype)) * turn
-            projected = torch.view_as_real(projected).flatten(-2).transpose(1, 2).to(x.dtype)  # (B, heads, S, D)
+            projected = self.projected(x, qkv, turn)
             memory[:, :, past:total] = projected[:, kept:]
             keys, values = memory[:, :, :total].split(self.kv_heads, dim=1)
             attended = F.scaled_dot_product_attention(
@@ -144,12 +184,59 @@ class SamplingLlama(nn.Module):
         cache.length = total
         return self.normed(x).view(batch, size, -1)
 
+    def static_step(self, cache: StaticCache) -> None:
+        """One new token for each row, from `cache.tokens` to `cache.output`: always the same operations on the same
+        memory. The plain step is `hidden`."""
+        heads, kept = self.config.num_attention_heads, -2 * self.kv_heads
+        batch = len(cache.tokens)
+        turn = torch.where(self.is_turned, self.turn[cache.positions][:, None], 1.0)[:, None]  # (B, 1, heads, D / 2)
+        x = F.embedding(cache.tokens, self.plain.model.embed_tokens.weight).to(self.output.dtype)
+        for (qkv, out, gate_up, down), memory in zip(self.blocks, cache.layers):
+            projected = self.projected(x, qkv, turn)
+            memory.index_copy_(2, cache.slot, projected[:, kept:])
+            keys, values = memory.split(self.kv_heads, dim=1)
+            attended = F.scaled_dot_product_attention(
+                projected[:, :heads], keys, values, attn_mask=cache.visible, enable_gqa=heads != self.kv_heads
+            )
+            x = torch.addmm(x, attended.reshape(batch, -1), out)
+            gate, up = (self.normed(x) @ gate_up).chunk(2, dim=-1)
+            x = torch.addmm(x, F.silu(gate).mul_(up), down)
+        cache.output.copy_(self.normed(x))
+
+    def run_static_step(self, cache: StaticCache) -> None:
+        """The static step: on a GPU captured when it first runs on this memory, and replayed after that."""
+        if cache.output.device.type != "cuda":
+            return self.static_step(cache)
+        if cache.graph is None:
+            side = torch.cuda.Stream()
+            side.wait_stream(torch.cuda.current_stream())
+            with torch.cuda.stream(side):  # a first run outside the graph, as capturing asks for; it changes nothing
+                self.static_step(cache)
+            torch.cuda.current_stream().wait_stream(side)
+            cache.graph = torch.cuda.CUDAGraph()
+            with torch.cuda.graph(cache.graph):
+                self.static_step(cache)
+        cache.graph.replay()
+
+    def projected(self, x: Tensor, qkv: Tensor, turn: Tensor) -> Tensor:
+        """Queries, keys and values of x (B S, d), turned to their positions: (B, heads, S, D)."""
+        projected = (self.normed(x) @ qkv).view(-1, *turn.shape[1:3], self.head_dim // 2, 2)
+        projected = torch.view_as_complex(projected.to(turn.real.dtype)) * turn
+        return torch.view_as_real(projected).flatten(-2).transpose(1, 2).to(x.dtype)
+
     @torch.inference_mode()
     def head(self, hidden: Tensor) -> Tensor:
         """(..., d) -> logits (..., V)."""
         return hidden @ self.output
 
 
-def for_sampling(model: nn.Module) -> nn.Module:
-    """The model laid out for `generate.sample`, with its weights of now; any other model than a `Llama` as it is."""
-    return SamplingLlama(model) if isinstance(model, Llama) else model
+def for_sampling(model: nn.Module, static: bool | None = None) -> nn.Module:
+    """The model laid out for `generate.sample`, with its weights of now; any other model than a `Llama` as it is.
+
+    static: whether the cache is a static one, by default on a GPU only.
+    """
+    if not isinstance(model, Llama):
+        return model
+    return SamplingLlama(
+        model, torch.cuda.is_available() and device_of(model).type == "cuda" if static is None else static
+    )

@@ -34,11 +34,12 @@ def test_logits_are_those_of_the_plain_model(kv_heads, tied):
     assert_near(fast.head(fast.hidden(ids)), model(ids), 1e-10)
 
 
-def test_token_by_token_with_padding_on_the_left():
+@pytest.mark.parametrize("static", [False, True])
+def test_token_by_token_with_padding_on_the_left(static):
     model, ids = llama(), torch.randint(0, 12, (3, 9))
     mask = torch.ones(3, 9, dtype=torch.bool)
     mask[0, :4] = mask[1, :1] = False
-    expected, fast = model(ids, mask), for_sampling(model)
+    expected, fast = model(ids, mask), for_sampling(model, static)
     cache = fast.new_cache(3, 9)
     parts = [fast.hidden(ids[:, :5], mask[:, :5], cache=cache)]
     parts += [fast.hidden(ids[:, t : t + 1], mask[:, : t + 1], cache=cache) for t in range(5, 9)]
@@ -47,8 +48,9 @@ def test_token_by_token_with_padding_on_the_left():
         fast.hidden(ids[:, :1], cache=cache)
 
 
+@pytest.mark.parametrize("static", [False, True])
 @pytest.mark.parametrize("prompts", [RAGGED, [[2, 3], [4, 5], [6, 7]], [[5]]])
-def test_samples_are_the_same_and_so_are_their_log_probabilities(prompts):
+def test_samples_are_the_same_and_so_are_their_log_probabilities(prompts, static):
     model = llama()
     plain, fast = (
         sample(
@@ -59,7 +61,7 @@ def test_samples_are_the_same_and_so_are_their_log_probabilities(prompts):
             pad_token_id=PAD,
             generator=torch.Generator().manual_seed(3),
         )
-        for m in (model, for_sampling(model))
+        for m in (model, for_sampling(model, static))
     )
     assert torch.equal(plain.response_ids, fast.response_ids) and torch.equal(plain.finished, fast.finished)
     assert_near(fast.log_probs, plain.log_probs, 1e-6)
@@ -94,3 +96,32 @@ def test_other_models_stay_as_they_are():
 def test_too_long_is_refused_as_by_the_plain_model():
     with pytest.raises(ValueError, match="longer than the model's 32 positions"):
         for_sampling(llama()).hidden(torch.zeros(1, 33, dtype=torch.long))
+
+
+def test_a_static_step_reads_and_writes_the_same_memory_each_time():
+    fast = for_sampling(llama(), static=True)
+    cache = fast.new_cache(2, 6)
+    fast.hidden(torch.tensor([[2, 3], [4, 5]]), cache=cache)
+
+    def places():
+        fixed = (cache.tokens, cache.positions, cache.slot, cache.visible, cache.output, *cache.layers)
+        return [x.data_ptr() for x in fixed]
+
+    before = places()
+    for token in (6, 7):
+        fast.hidden(torch.full((2, 1), token), cache=cache)
+    assert places() == before
+
+
+@pytest.mark.gpu
+def test_the_captured_step_gives_the_samples_of_the_static_one():
+    model = llama().float().cuda()
+    plain, fast = (
+        sample(
+            m, RAGGED, max_new_tokens=12, eos_token_id=EOS, pad_token_id=PAD,
+            generator=torch.Generator("cuda").manual_seed(3),
+        )
+        for m in (model, for_sampling(model))
+    )  # fmt: skip
+    assert torch.equal(plain.response_ids, fast.response_ids)
+    assert_near(fast.log_probs.cpu(), plain.log_probs.cpu(), 1e-4)
