@@ -7,6 +7,7 @@ All attacks are graded in one batch with three honest students. A sample is trie
 import copy
 import hashlib
 import json
+import random
 import shutil
 import socket
 import subprocess
@@ -27,9 +28,10 @@ from cs336_alignment.grading import sandbox
 from cs336_alignment.grading.compare import difference
 from cs336_alignment.grading.exercise import exercises
 from cs336_alignment.grading.grade import SECRET, Batch, grade_assignment, read_report
-from cs336_alignment.grading.judge import course_secret, files_in, read_answers
+from cs336_alignment.grading.judge import course_secret, files_in, read_answers, report
+from cs336_alignment.grading.probe import encode_results
 from cs336_alignment.grading.sandbox import GB, Limits, bubblewrap
-from cs336_alignment.grading.score import ask_all, case_seeds
+from cs336_alignment.grading.score import ask_all, case_seeds, score_of
 from cs336_alignment.paths import course_root
 
 NO_SANDBOX = bubblewrap() if isinstance(bubblewrap(), str) else ""
@@ -264,3 +266,42 @@ def test_a_course_in_a_visible_folder_is_hidden(monkeypatch, tmp_path):
     done = subprocess.run([*options, "ls", "-A", course, "/usr/bin"], capture_output=True, text=True)
     assert done.stdout.startswith(("/usr/bin:\n", f"{course}:\n\n")) and f"{course}:\n\n" in done.stdout + "\n"
     assert "\nls\n" in done.stdout and any(course.iterdir())
+
+
+ODD = [
+    None, True, -1, 10**30, "x", "\ud800", [], {}, [[]], {"list": []}, {"dict": {"a": 1}}, {"other": "T"},
+    {"float": "nan"}, {"float": "0x1p+2000"}, {"tensor": "float32", "shape": [0], "bits": ""},
+    {"error": "ValueError"},
+    {"tensor": "int64", "shape": [-1], "bits": "AAAAAAAA8D8="}, {"tensor": "bool", "shape": [1], "bits": "AQAAAAAAAAA="},
+    {"model": {"tensor": "float32", "shape": [1], "bits": "AAAAAAAA8D8="}}, {"sgd": 1, "of": 0},
+    {"tokenizer": ["a"], "pad": None, "eos": "b"}, {"list": [{"list": [{"list": []}]}]},
+]  # fmt: skip
+
+
+def parts(data, path=()):
+    """The places in JSON."""
+    yield path
+    inner = data.items() if isinstance(data, dict) else enumerate(data) if isinstance(data, list) else ()
+    for key, value in inner:
+        yield from parts(value, (*path, key))
+
+
+def replaced(data, path, value):
+    if not path:
+        return value
+    data = copy.copy(data)
+    data[path[0]] = replaced(data[path[0]], path[1:], value)
+    return data
+
+
+@pytest.mark.parametrize("of", [e for e in exercises() if not e.optional], ids=lambda e: e.name)
+def test_right_answers_with_one_forged_part_break_nothing(of, request):
+    questions = ask_all(of, case_seeds(of, "secret", "ada"))
+    right = json.loads(json.dumps([encode_results(question.expected) for question in questions]))
+    assert score_of(questions, read_answers(right)).points == of.points
+    chance, places = random.Random(0), list(parts(right))
+    for _ in range(60 if request.config.getoption("--full") else 3):
+        forged = replaced(right, chance.choice(places), copy.deepcopy(chance.choice(ODD)))
+        answers = [answer for answer in forged if isinstance(answer, list)] if isinstance(forged, list) else []
+        result = score_of(questions, read_answers(answers), "nothing")
+        assert 0 <= result.points <= of.points and of.name in report(result)
