@@ -64,14 +64,14 @@ def without_experiments(notebook):
 
 
 def submission(notebook, number: int):
-    """The release with the solutions typed in, and words of the student's own. Every fourth forgets beta in one."""
+    """The release with right answers typed in: words of the student's own, and every other loss by another function."""
     answers = {grade_id(cell): cell.source for cell in notebook_of("solutions").cells}
     for cell in notebook.cells:
         name = grade_id(cell)
         if name.startswith("solution-"):
             cell.source = f"{answers[name]}\n\n# My answer, number {number}."
-            if number % 4 == 3:
-                cell.source = cell.source.replace("h = beta * ", "h = ")
+            if number % 2:
+                cell.source = cell.source.replace("F.logsigmoid(h)", "-F.softplus(-h)")
         elif name.startswith("written-"):
             cell.source = f"Both fall, the rejected one faster. ({number})"
     return notebook
@@ -204,7 +204,7 @@ def page(record: dict) -> str:
         f"{record['load'][1]:.1f} when the runs started, so seconds are too long, for all ways alike; CPU seconds "
         "suffer less.",
         "",
-        f"The same {SIZE} submissions of {ASSIGNMENT}, whole notebooks; every fourth has a mistake in one function. "
+        f"The same {SIZE} submissions of {ASSIGNMENT}, whole notebooks, all right, no two the same. "
         f"All ways gave the same points, cell by cell. {ROUNDS} rounds in one run, in turn forwards and backwards; "
         "the table has medians per submission, with what starting takes. For stock nbgrader the experiments were taken "
         "out of the notebooks, since it would run them; the others skip them. The assignment was in the gradebook. "
