@@ -1,13 +1,14 @@
-"""The same numbers with less work: three tricks for the training loops, each beside the plain form that it replaces.
+"""The same numbers with less work: tricks for the training loops, each beside the plain form that it replaces.
 
 | trick | plain form | what it leaves out |
 |---|---|---|
 | `response_only_log_probs`, `response_only_sample_log_probs`, `response_only_values`, `last_token_scores` | `sft.demonstration_log_probs`, `generate.response_log_probs`, `ppo.response_values`, `reward.score_tokens` | the output layer, and most of the last block, where no response token is predicted |
 | `shared_prompt_log_probs`, `shared_prompt_scores` | `tokens.sequence_log_probs`, `reward.score_tokens` | the second pass over the prompt that the two responses of a pair have in common |
+| `lean_norms` | `models.RMSNorm` | passes over memory that torch's own norm makes on a CPU |
 | `length_sorted_parts` | one padded batch | most of the padding |
 
-A training loop takes one as an argument: `train_dpo(..., log_probs_fn=shared_prompt_log_probs)`. Read the plain forms
-first. Values and gradients are those of the plain forms up to the order in which numbers are added; a test
+A training loop takes one as an argument: `train_dpo(..., log_probs_fn=shared_prompt_log_probs)`; `lean_norms` is
+called on a model once. Read the plain forms first. Values and gradients are those of the plain forms up to the order in which numbers are added; a test
 holds each to that, on padded and ragged batches too. What this file is not: a change to any method.
 """  # noqa: E501
 
@@ -15,10 +16,10 @@ from __future__ import annotations
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 
 from cs336_alignment.generate import Samples
-from cs336_alignment.models import autocast, check_length, scalar_head
+from cs336_alignment.models import RMSNorm, autocast, check_length, scalar_head
 from cs336_alignment.tokens import at_least_float32, collate, masked_token_log_probs
 
 # --------------------------------------------------------------- Only where the response is predicted
@@ -165,6 +166,49 @@ def _scores(model, prompts, responses, pad_token_id, device, shared: bool) -> Te
             logits = model.backbone.head(hidden[predicting[wanted]])
             scores = model.with_likelihood(scores, masked_token_log_probs(logits, labels, predicting).sum(dim=1))
     return scores.float()
+
+
+# -------------------------------------------------------------------------------------------- Norms
+
+
+class _LeanRMSNorm(torch.autograd.Function):
+    """n = x / sqrt(mean(x^2) + eps) and n * weight, with the derivative written out.
+
+    With g the gradient of the output: d weight = sum of g n, and d x = (g w - n mean(g w n)) / sqrt(mean(x^2) + eps).
+    """
+
+    @staticmethod
+    def forward(ctx, x: Tensor, weight: Tensor, eps: float) -> Tensor:
+        norm = torch.linalg.vector_norm(x, dim=-1, keepdim=True)
+        scale = norm.square_().div_(x.shape[-1]).add_(eps).rsqrt_()
+        normed = x * scale
+        ctx.save_for_backward(normed, weight, scale)
+        return normed * weight
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx, grad: Tensor):
+        normed, weight, scale = ctx.saved_tensors
+        product = grad * normed
+        mean = (product @ weight).div_(-normed.shape[-1]).unsqueeze(-1)
+        return torch.addcmul(grad * weight, normed, mean).mul_(scale), product.flatten(0, -2).sum(0), None
+
+
+class LeanRMSNorm(RMSNorm):
+    """`models.RMSNorm` in a third of the passes over memory, and with half as much kept for the backward pass."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        if x.dtype != self.weight.dtype:  # under autocast
+            return super().forward(x)
+        return _LeanRMSNorm.apply(x, self.weight, self.eps)
+
+
+def lean_norms(model: nn.Module) -> nn.Module:
+    """Makes every `RMSNorm` of the model a `LeanRMSNorm`, in place; the parameters stay. Returns the model."""
+    for module in model.modules():
+        if type(module) is RMSNorm:
+            module.__class__ = LeanRMSNorm
+    return model
 
 
 # ----------------------------------------------------------------------------------- Ragged lengths

@@ -1,5 +1,7 @@
 """Each trick of `speed` beside the plain form that it replaces: the same numbers, and the same gradients."""
 
+import copy
+
 import pytest
 import torch
 from toys import PAD, ToyTokenizer, assert_near, tiny_llama, weights_of
@@ -8,7 +10,15 @@ from cs336_alignment import speed
 from cs336_alignment.decode import for_sampling
 from cs336_alignment.dpo import DPOConfig, reference_log_probs, train_dpo
 from cs336_alignment.generate import response_log_probs, sample
-from cs336_alignment.models import HFCausalLM, Llama, ModelConfig, RestrictedVocabulary, RewardModel, ValueModel
+from cs336_alignment.models import (
+    HFCausalLM,
+    Llama,
+    ModelConfig,
+    RestrictedVocabulary,
+    RewardModel,
+    RMSNorm,
+    ValueModel,
+)
 from cs336_alignment.ppo import PPOConfig, response_values, train_ppo
 from cs336_alignment.reward import RewardConfig, score_tokens, train_reward_model
 from cs336_alignment.sft import SFTConfig, demonstration_log_probs, train_sft
@@ -228,3 +238,29 @@ def test_hidden_at_some_places_is_hidden_there():
         ids = torch.randint(2, 12, (3, 7))
         at = torch.tensor([20, 0, 5, 5, 13])  # any order, repeats allowed
         assert_near(model.hidden(ids, at=at), model.hidden(ids).flatten(0, 1)[at], 1e-12)
+
+
+@pytest.mark.parametrize("dtype", TOLERANCE)
+def test_lean_norms_equal_the_plain_norms(dtype):
+    model = deep_llama(dtype)
+    for name, weight in model.named_parameters():
+        if "norm" in name:
+            torch.nn.init.uniform_(weight, 0.5, 1.5)
+    lean = speed.lean_norms(copy.deepcopy(model))
+    batch = pair_batch(RAGGED)
+    for expected, actual in zip(
+        value_and_gradient(model, demonstration_log_probs, batch),
+        value_and_gradient(lean, demonstration_log_probs, batch),
+    ):
+        scale = expected.abs().max()
+        assert_near(actual / scale, expected / scale, TOLERANCE[dtype])
+    assert lean.state_dict().keys() == model.state_dict().keys()
+    x = torch.randn(3, 8, dtype=torch.float64, requires_grad=True)
+    norm = speed.lean_norms(RMSNorm(8, 1e-2).double())
+    assert torch.autograd.gradcheck(lambda x, w: speed._LeanRMSNorm.apply(x, w, 1e-2), (x, norm.weight))
+
+
+def test_a_lean_norm_under_autocast_is_the_plain_one():
+    norm, x = RMSNorm(8, 1e-5), torch.randn(2, 8, dtype=torch.bfloat16)
+    expected = norm(x)
+    assert torch.equal(speed.lean_norms(norm)(x), expected)

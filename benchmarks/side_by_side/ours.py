@@ -16,16 +16,17 @@ END = f" w{WordTokenizer.eos_token_id}"
 NEVER = -1  # an EOS that no model says: every response has full length, the work is the same on both sides
 
 
-def llama(setting: Setting, seed: int) -> Llama:
+def llama(setting: Setting, seed: int, variant: str = "plain") -> Llama:
     model = Llama(ModelConfig(**setting.shape()))
     state = weights(setting, seed)
     state["lm_head.weight"] = state["model.embed_tokens.weight"]
     model.load_state_dict(state)
+    model = model if variant == "plain" else speed.lean_norms(model)
     return model.to(setting.device)
 
 
-def scorer(kind: type[RewardModel] | type[ValueModel], setting: Setting, seed: int):
-    model = kind(llama(setting, seed))
+def scorer(kind: type[RewardModel] | type[ValueModel], setting: Setting, seed: int, variant: str):
+    model = kind(llama(setting, seed, variant))
     model.head.weight.data.copy_(score_weights(setting, seed))
     return model
 
@@ -42,7 +43,7 @@ def constant(config, setting: Setting, steps: int, **more):
 
 
 def run_sft(setting: Setting, variant: str, steps: int, clock: Clock) -> list[float]:
-    model = llama(setting, 1)
+    model = llama(setting, 1, variant)
     records = [
         {"prompt": text(p["prompt"]), "response": text(p["chosen"]) + END}
         for p in pairs(setting, steps * setting.batch_size)
@@ -58,7 +59,7 @@ def run_sft(setting: Setting, variant: str, steps: int, clock: Clock) -> list[fl
 
 
 def run_ragged(setting: Setting, variant: str, steps: int, clock: Clock) -> list[float]:
-    model = llama(setting, 1)
+    model = llama(setting, 1, variant)
     rows = ragged(setting, steps * setting.batch_size)
     records = [{"prompt": text(r["prompt"]), "response": text(r["chosen"]) + END} for r in rows]
     measured = order(len(rows), setting, steps)[setting.warmup * setting.batch_size :]
@@ -81,7 +82,7 @@ def preferences(setting: Setting, count: int) -> list[dict]:
 
 
 def run_rm(setting: Setting, variant: str, steps: int, clock: Clock) -> list[float]:
-    model = scorer(RewardModel, setting, 1)
+    model = scorer(RewardModel, setting, 1, variant)
     tricks = {"fast": speed.shared_prompt_scores, "unshared": speed.last_token_scores, "plain": None}
     reward.shuffled_batch = clock.each(shuffled_batch)
     clock.watched = model
@@ -99,7 +100,8 @@ def run_rm(setting: Setting, variant: str, steps: int, clock: Clock) -> list[flo
 
 
 def run_dpo(setting: Setting, variant: str, steps: int, clock: Clock) -> list[float]:
-    model, ref_model = llama(setting, 1), llama(setting, 2).eval().requires_grad_(False)
+    model, ref_model = (llama(setting, seed, variant) for seed in (1, 2))
+    ref_model.eval().requires_grad_(False)
     tricks = {"fast": speed.shared_prompt_log_probs, "unshared": speed.response_only_sequence_log_probs}
     # The reference's log-probabilities are computed once, before the first step: shared out over the steps.
     dpo.reference_log_probs = clock.beforehand(dpo.reference_log_probs, steps)
@@ -121,8 +123,9 @@ def run_dpo(setting: Setting, variant: str, steps: int, clock: Clock) -> list[fl
 
 def run_ppo(setting: Setting, variant: str, steps: int, clock: Clock, replay: dict | None = None) -> list[float]:
     """replay: the parity gate's responses, that TRL sampled: two samplers draw different ones from one seed."""
-    model, ref_model = llama(setting, 1), llama(setting, 2).eval().requires_grad_(False)
-    judge, value_model = scorer(RewardModel, setting, 3), scorer(ValueModel, setting, 4)
+    model, ref_model = (llama(setting, seed, variant) for seed in (1, 2))
+    ref_model.eval().requires_grad_(False)
+    judge, value_model = scorer(RewardModel, setting, 3, variant), scorer(ValueModel, setting, 4, variant)
     tokenizer = WordTokenizer(eos_token_id=NEVER)
     prompts = [text(p["prompt"]) for p in pairs(setting, steps * setting.batch_size)]
     tricks = {}
