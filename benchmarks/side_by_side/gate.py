@@ -3,7 +3,8 @@
 Same weights, same batches. The losses of the first two steps (PPO: of the four epochs of the first update) agree to
 1e-4, and the parameters after one step (update) have moved in the same way: the difference of the two movements is
 small beside the movement. (Adam divides each gradient by its own size, so where a gradient is nearly 0 its rounding
-error is a step of full length; that is what is left.)
+error is a step of full length; that is what is left.) On a GPU both sides compute in bfloat16, with three digits, and
+the tolerances are as much larger; the comparison in float32 is the one on a CPU.
 """
 
 from pathlib import Path
@@ -11,8 +12,8 @@ from pathlib import Path
 import torch
 from setting import Setting, score_weights, weights
 
-LOSS_TOLERANCE = 1e-4  # absolute
-MOVEMENT_TOLERANCE = 1e-2  # norm of the difference of the movements / norm of the movement
+LOSS_TOLERANCE = {"cpu": 1e-4, "cuda": 3e-2}  # absolute
+MOVEMENT_TOLERANCE = {"cpu": 1e-2, "cuda": 0.5}  # norm of the difference of the movements / norm of the movement
 
 
 def moved(path: Path, setting: Setting) -> torch.Tensor:
@@ -30,11 +31,12 @@ def compare(ours: dict, theirs: dict, our_file: Path, their_file: Path, setting:
     ours_moved, theirs_moved = moved(our_file, setting), moved(their_file, setting)
     loss = max(abs(a - b) for a, b in pairs)
     movement = ((ours_moved - theirs_moved).norm() / theirs_moved.norm()).item()
+    allowed = LOSS_TOLERANCE[setting.device], MOVEMENT_TOLERANCE[setting.device]
     return {
         "losses": ours["losses"],
         "trl_losses": theirs["losses"],
         "largest_loss_difference": loss,
         "movement_difference": movement,
         "largest_parameter_difference": (ours_moved - theirs_moved).abs().max().item(),
-        "passed": len(pairs) >= 2 and loss <= LOSS_TOLERANCE and movement <= MOVEMENT_TOLERANCE,
+        "passed": len(pairs) >= 2 and loss <= allowed[0] and movement <= allowed[1],
     }

@@ -139,14 +139,11 @@ def run_ppo(setting: Setting, variant: str, steps: int, clock: Clock, replay: di
         return losses[-1]
 
     if replay:
-        ids, mask = (
-            torch.tensor(replay["queries"]),
-            torch.ones(len(replay["queries"]), len(replay["queries"][0])).bool(),
-        )
-        responses = torch.tensor(replay["responses"])
         prompts = [text(row) for row in replay["queries"]]
-        log_probs, everywhere = torch.tensor(replay["logprobs"]), torch.ones_like(responses).bool()
-        samples = generate.Samples(ids, mask, responses, everywhere, log_probs, mask[:, 0])
+        names = ("queries", "responses", "logprobs")
+        ids, responses, log_probs = (torch.tensor(replay[name], device=setting.device) for name in names)
+        real, sampled = torch.ones_like(ids, dtype=torch.bool), torch.ones_like(responses, dtype=torch.bool)
+        samples = generate.Samples(ids, real, responses, sampled, log_probs, real[:, 0])
         ppo.sample = lambda *args, **kwargs: samples
         ppo.shuffled_batch = clock.each(lambda *args: torch.arange(len(ids)))
         step = ppo.optimizer_step  # our loop clips the gradient's norm, TRL's does not

@@ -74,6 +74,7 @@ class Bench:
             raise RuntimeError(f"{side} {task} {variant} failed:\n{done.stdout[-1000:]}\n{done.stderr[-2000:]}")
         result = json.loads(done.stdout.strip().splitlines()[-1]) | {"side": side, "variant": variant}
         if "cpu_ms" in result:
+            result["ms"] = result["cpu_ms" if self.setting.device == "cpu" else "wall_ms"]  # what ratios are taken of
             print(f"  {side:9}{task:8}{variant:12}{result['cpu_ms']:9.0f} ms CPU {result['wall_ms']:9.0f} ms wall")
         return result
 

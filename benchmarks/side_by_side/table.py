@@ -52,15 +52,18 @@ def runs_of(task: dict) -> dict[tuple[str, str], list[dict]]:
 
 
 def ratios(task: dict, key: tuple[str, str], runs: dict) -> list[float]:
-    """How many times as fast as the opponent on CPU time, pair by pair: neighbours in A B, B A; for a variant that ran
-    once a round, against the mean of that round's two runs of the opponent."""
+    """How many times as fast as the opponent (CPU time; wall time on a GPU), pair by pair.
+
+    Pairs are neighbours in A B, B A; a variant that ran once a round is set against the mean of that round's two runs
+    of the opponent.
+    """
     opponent = next(iter(k for k in runs if k[1] == "tuned" or k == ("plain_hf", "plain")), None)
     if opponent not in runs or key == opponent:
         return []
     found = []
     for number in range(len(task["rounds"])):
-        theirs = [run["cpu_ms"] for run in runs[opponent] if run["round"] == number]
-        mine = [run["cpu_ms"] for run in runs[key] if run["round"] == number]
+        theirs = [run["ms"] for run in runs[opponent] if run["round"] == number]
+        mine = [run["ms"] for run in runs[key] if run["round"] == number]
         if len(mine) == len(theirs):
             found += [a / b for a, b in zip(theirs, mine)]
         elif mine:
@@ -106,8 +109,8 @@ def floor_share(task: dict) -> list[float]:
     """Of each run of ours fast, the part of its CPU time that its matrix products alone would take."""
     runs = runs_of(task)
     floors = runs.get(("floor", "fast"), [])
-    by_round = {run["round"]: run["cpu_ms"] for run in floors}
-    return [by_round[r["round"]] / r["cpu_ms"] for r in runs[("ours", "fast")] if r["round"] in by_round]
+    by_round = {run["round"]: run["ms"] for run in floors}
+    return [by_round[r["round"]] / r["ms"] for r in runs[("ours", "fast")] if r["round"] in by_round]
 
 
 def verdicts(tasks: dict) -> list[str]:
