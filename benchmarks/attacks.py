@@ -20,6 +20,7 @@ import subprocess
 import sys
 import tempfile
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from datetime import date
 from pathlib import Path
 
@@ -146,12 +147,14 @@ def outcome(attack: Attack, root: Path, before: dict, said: str, listener: socke
 
 
 def reached(listener: socket.socket) -> bool:
-    listener.settimeout(0.1)
-    try:
-        listener.accept()
-        return True
-    except TimeoutError:
-        return False
+    """Whether somebody has connected since the last question."""
+    listener.setblocking(False)
+    found = False
+    with suppress(BlockingIOError):
+        while True:
+            listener.accept()[0].close()
+            found = True
+    return found
 
 
 def ours(root: Path) -> dict[str, tuple[str, float]]:
@@ -185,6 +188,7 @@ def cell(text: str) -> str:
 
 def write(rows: list[dict]) -> None:
     ran = [row for row in rows if not row["plain nbgrader"].startswith("not run")]
+    endless = sum(row["plain nbgrader"].startswith("no end") for row in ran)
     count = sum(row["plain succeeds"] for row in ran)
     fails = sum(row["ours, points"] != row["own mathematics"] for row in rows)
     lines = [
@@ -199,7 +203,8 @@ def write(rows: list[dict]) -> None:
         "run in a sandbox of its own with a copy of the course, so that it could harm the copy only. Here: `course.py "
         "grade` with bubblewrap, all in one batch with short limits (3 s a cell, 1 GB).",
         "",
-        f"Against plain nbgrader {count} of the {len(ran)} that were run gain points, lose some, or do harm; "
+        f"Against plain nbgrader {count} of the {len(ran)} that were run gain points, lose some, or do harm "
+        f"({endless} more did not end within {PATIENCE} s on a busy computer, and are not counted); "
         f"here {fails} of {len(rows)} get other points than they earned.",
     ]
     for kind in dict.fromkeys(row["kind"] for row in rows):
@@ -237,7 +242,7 @@ def main() -> None:
         with ThreadPoolExecutor(2) as pool:
             texts = list(tqdm(pool.map(lambda a: plainly(a, base, made, port, listener), ATTACKS), total=len(ATTACKS)))
     for attack, text in zip(ATTACKS, texts):
-        gained = not text.startswith("not run") and text != f"{attack.earns:g} points"
+        gained = not text.startswith(("not run", "no end")) and text != f"{attack.earns:g} points"
         rows.append({
             "name": attack.name, "kind": attack.kind, "tries": attack.tries, "own mathematics": attack.earns,
             "plain nbgrader": text, "plain succeeds": gained,
