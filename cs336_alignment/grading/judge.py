@@ -255,7 +255,8 @@ CELL = "padding: 2px 12px 2px 0; text-align: left; vertical-align: top"  # nbgra
 
 def report(result: Score) -> str:
     """The report as a student finds it in the feedback: each case with its points and, where it is wrong, why.
-    What a hidden case was given and what it expected is not in it."""
+    What a hidden case expected is not in it. What it was given is not either, unless the function itself said so in an
+    error; feedback.py leaves that out too."""
     rows = []
     for verdict in result.verdicts:
         why = html.escape(clean_text(verdict.why))

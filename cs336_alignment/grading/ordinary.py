@@ -16,6 +16,8 @@ from jupyter_client.manager import start_new_kernel
 from cs336_alignment.grading import kernel
 from cs336_alignment.grading.sandbox import LIMITS, MISSING, Died, Limits, NoSandbox
 
+# What a kernel needs to start, and none of the grader's secrets.
+PASSED_ON = ("PATH", "HOME", "LANG", "TMPDIR", "SYSTEMROOT", "USERPROFILE", "APPDATA", "LOCALAPPDATA", "TEMP", "TMP")
 KINDS = ("stream", "display_data", "execute_result", "error")
 
 
@@ -51,7 +53,8 @@ class OrdinarySession:
             path = Path(self.folder.name, name)
             path.parent.mkdir(parents=True, exist_ok=True)
             path.write_bytes(data)
-        environment = os.environ | {"PYTHONPATH": str(server.edition), "OMP_NUM_THREADS": "1"}
+        environment = {name: os.environ[name] for name in PASSED_ON if name in os.environ}
+        environment |= {"PYTHONPATH": str(server.edition), "OMP_NUM_THREADS": "1"}
         arguments = ["--HistoryManager.hist_file=:memory:", "--log-level=ERROR"]
         self.manager, self.client = start_new_kernel(
             kernel_name="python3", cwd=self.folder.name, env=environment, extra_arguments=arguments
