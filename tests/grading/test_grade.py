@@ -4,6 +4,7 @@ not graded again; what goes wrong with one submission is its own."""
 import importlib
 import os
 import shutil
+from pathlib import Path
 
 import nbformat
 import pytest
@@ -18,7 +19,7 @@ from cs336_alignment.paths import course_root
 grade = importlib.import_module("cs336_alignment.grading.grade")  # the package has a function of that name
 
 CUT = slice(0, 20_000)  # the bytes of a file that ends too early
-ODD_NAMES = ["Ada Lovelace", "김철수", "o'neil.j", "a.b+c@school", "-n", "Zoë_2", "..hidden"]
+ODD_NAMES = ["Ada Lovelace", "김철수", "o'neil.j", "a.b+c@school", "-n", "Zoë_2"]
 
 
 def mangle(root) -> list[str]:
@@ -307,15 +308,15 @@ def test_an_error_of_ours_leaves_the_others_graded(course, monkeypatch):
 
 
 def test_a_full_disk_is_told_and_changes_nothing(course, monkeypatch):
-    write = nbformat.write
+    write = Path.write_text
 
-    def full(notebook, path):
+    def full(path, *content, **options):
         if "student00" in str(path):
             raise OSError(28, "No space left on device")
-        write(notebook, path)
+        return write(path, *content, **options)
 
-    write(without_beta(solved()), course / "submitted" / "student00" / ASSIGNMENT / f"{ASSIGNMENT}.ipynb")
-    monkeypatch.setattr(grade.nbformat, "write", full)
+    nbformat.write(without_beta(solved()), course / "submitted" / "student00" / ASSIGNMENT / f"{ASSIGNMENT}.ipynb")
+    monkeypatch.setattr(Path, "write_text", full)
     before = contents(course), reports(course)
     batch, _ = graded(course, ["student00", "student01"])
     assert "No space left" in batch.failed["student00"] and [g.student for g in batch.graded] == ["student01"]
