@@ -31,10 +31,12 @@ ASSIGNMENT = "a4_dpo"
 RESULTS = Path(__file__).parent / "results"
 SIZE, ROUNDS, GROWTH = 32, 3, (32, 100, 300)
 # `course.py grade` without what it makes at the end: nbgrader has other commands for lists and pages.
-ONLY_GRADING = """import sys
-sys.modules["rfc3987_syntax"] = None  # as course.py does
+ONLY_GRADING = """import gc, sys
+sys.modules["rfc3987_syntax"] = None  # this and the next as course.py does
+gc.disable()
 from cs336_alignment import cli
 from cs336_alignment.grading import results
+gc.enable()
 results.after_grading = cli.show_what_follows = lambda *_: None
 sys.exit(cli.main(sys.argv[1:]))"""
 GRADE = ["-c", ONLY_GRADING, "grade", ASSIGNMENT, "--course", "."]

@@ -44,6 +44,11 @@ from cs336_alignment.grading.probe import decode, encode_results, run_calls
 # What the grader asks of the server (with the child's socket attached to the first), and what the server says.
 START, INTERRUPT, STOP = b"s", b"i", b"k"
 READY, ENDED, STOPPED = b"r", b"e", b"k"
+# The server's program. What is imported stays, so looking for garbage meanwhile (a fifth of the time) finds none.
+START_SERVER = """import gc, json, sys
+gc.disable()
+from cs336_alignment.grading import kernel
+kernel.main(json.loads(sys.argv[1]))"""
 
 ANSWER = "application/vnd.cs336-alignment.answer+json"
 STREAM_LIMIT = 200_000  # characters that a cell may print; the rest is counted and dropped
@@ -274,6 +279,7 @@ def serve(control: socket.socket, folders: list[Path], limits: dict[str, int]) -
     numbers = process_limits(limits)
     gc.collect()
     gc.freeze()  # so that children do not copy what they only look at
+    gc.enable()
     if len(os.listdir("/proc/self/task")) != 1 or threading.active_count() != 1:
         raise RuntimeError("a process with threads must not fork: something imported here starts one")
     usual = standing()
@@ -390,7 +396,3 @@ def main(settings: dict) -> None:
     forbid_calls()
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # a submission may send it
     serve(control, folders, settings["limits"])
-
-
-if __name__ == "__main__":
-    main(json.loads(sys.argv[1]))

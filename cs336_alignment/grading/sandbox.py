@@ -236,7 +236,7 @@ class Server:
             "processes": processes,
             "cpu_seconds": int(self.limits.notebook_seconds) + 60,
         }
-        command = [*options, python, "-m", "cs336_alignment.grading.kernel", json.dumps(settings)]
+        command = [*options, python, "-c", kernel.START_SERVER, json.dumps(settings)]
         self.errors = tempfile.TemporaryFile()
         self.process = subprocess.Popen(
             command, stdin=theirs, stdout=subprocess.DEVNULL, stderr=self.errors, env=environment, close_fds=True,
