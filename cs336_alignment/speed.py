@@ -1,16 +1,18 @@
 """The same numbers with less work: tricks for the training loops, each beside the plain form that it replaces.
 
-| trick | plain form | what it leaves out |
-|---|---|---|
-| `response_only_log_probs`, `response_only_sample_log_probs`, `response_only_values`, `last_token_scores` | `sft.demonstration_log_probs`, `generate.response_log_probs`, `ppo.response_values`, `reward.score_tokens` | the output layer, and most of the last block, where no response token is predicted |
-| `shared_prompt_log_probs`, `shared_prompt_scores` | `tokens.sequence_log_probs`, `reward.score_tokens` | the second pass over the prompt that the two responses of a pair have in common |
-| `lean_norms` | `models.RMSNorm` | passes over memory that torch's own norm makes on a CPU |
-| `length_sorted_parts` | one padded batch | most of the padding |
+* Only where a response token is predicted, the output layer and most of the last block: `response_only_log_probs`
+  for `sft.demonstration_log_probs`, `response_only_sample_log_probs` for `generate.response_log_probs`,
+  `response_only_values` for `ppo.response_values`, `last_token_scores` for `reward.score_tokens`.
+* One pass over the prompt that the two responses of a pair have in common: `shared_prompt_log_probs` for
+  `tokens.sequence_log_probs`, `shared_prompt_scores` for `reward.score_tokens`.
+* Fewer passes over memory than torch's own norm makes on a CPU: `lean_norms` for `models.RMSNorm`.
+* Most of the padding left out: `length_sorted_parts` for one padded batch.
 
 A training loop takes one as an argument: `train_dpo(..., log_probs_fn=shared_prompt_log_probs)`; `lean_norms` is
-called on a model once. Read the plain forms first. Values and gradients are those of the plain forms up to the order in which numbers are added; a test
-holds each to that, on padded and ragged batches too. What this file is not: a change to any method.
-"""  # noqa: E501
+called on a model once. Read the plain forms first. Values and gradients are those of the plain forms up to the order
+in which numbers are added; a test holds each to that, on padded and ragged batches too. What this file is not: a
+change to any method.
+"""
 
 from __future__ import annotations
 
