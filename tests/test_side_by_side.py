@@ -121,7 +121,7 @@ def test_ratios_are_taken_pair_by_pair_and_missed_bars_are_said(bench):
         [measured("trl", "tuned", 90, peak_mb=90.0), measured("ours", "fast", 90), measured("ours", "fast", 100),
          measured("trl", "tuned", 100)],
     ]  # fmt: skip
-    task = {"rounds": rounds, "date": "2026-01-01", "load": [0.0, 9.0]}
+    task = {"rounds": rounds, "date": "2026-01-01", "code": "abc", "load": [0.0, 9.0]}
     runs = bench.table.runs_of(task)
     assert bench.table.ratios(task, ("ours", "fast"), runs) == [1.0, 1.2, 1.0, 1.0]
     assert bench.table.ratios(task, ("ours", "plain"), runs) == [1.0]

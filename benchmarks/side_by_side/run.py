@@ -6,6 +6,7 @@ pair by pair on CPU time: other work on the machine slows both of a pair. Writes
 """
 
 import argparse
+import hashlib
 import json
 import os
 import platform
@@ -121,6 +122,12 @@ def machine() -> dict:
     return {"system": platform.system(), "cpu": model, "cores": os.cpu_count(), "machine": platform.machine()}
 
 
+def code_hash() -> str:
+    """Of what was measured: the package's modules and the two sides of the comparison."""
+    files = [*(ROOT / "cs336_alignment").glob("*.py"), HERE / "ours.py", HERE / "trl_side.py", HERE / "setting.py"]
+    return hashlib.sha256(b"".join(file.read_bytes() for file in sorted(files))).hexdigest()[:10]
+
+
 def load() -> float:
     return os.getloadavg()[0] if hasattr(os, "getloadavg") else 0.0
 
@@ -164,7 +171,7 @@ def main() -> None:
         for name, size in batches.items():
             more = {"batch_size": size} if size else {}
             runs = rounds(bench, task, "floor" in only, **more)
-            done = {"date": date.today().isoformat(), "load": [before, load()], "rounds": runs}
+            done = {"date": date.today().isoformat(), "code": code_hash(), "load": [before, load()], "rounds": runs}
             results["tasks"][name] = found | done
         results |= {"profile": bench.profile, "setting": asdict(bench.setting), "machine": machine()}
         kept.write_text(json.dumps(results, indent=1) + "\n", encoding="utf-8")

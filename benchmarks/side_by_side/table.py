@@ -198,7 +198,10 @@ def markdown(results: dict) -> str:
         "reward model and DPO, 1.12.0 for PPO. One thread, float32, a Llama of "
         f"{setting['num_hidden_layers']} layers, width {setting['hidden_size']}, {setting['vocab_size']} tokens (3.4 M "
         f"parameters), {setting['prompt_tokens']} + {setting['response_tokens']} tokens, batch "
-        f"{setting['batch_size']}. Median (least to most) over processes." + busy,
+        f"{setting['batch_size']}. Median (least to most) over processes. Code measured: "
+        + ", ".join(f"{NAMES[name]} {task['code']}" for name, task in timed.items())
+        + "."
+        + busy,
         "\n".join([head, "|---" * 7 + "|"] + [r for n, t in timed.items() if n != "ragged" for r in task_rows(n, t)]),
     ]
     if "ragged" in timed:
