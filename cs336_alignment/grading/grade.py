@@ -7,16 +7,19 @@ by Ctrl-C or for good, and goes on with what is not finished.
 """
 
 import contextlib
+import difflib
 import gc
 import hashlib
 import json
 import os
 import queue
 import shutil
+import sys
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
+from functools import cache, partial
 from pathlib import Path
 
 import nbformat
@@ -69,12 +72,13 @@ def grade_assignment(
     force: bool = False,
     unsafe: bool = False,
     limits: Limits = LIMITS,
-    say: Callable[[str], None] = tqdm.write,
+    say: Callable[[str], None] | None = None,
 ) -> Batch:
     """Grades what lies in `root`/submitted/STUDENT/`assignment`/ and is not graded yet.
 
     students: these alone, graded again. only: these exercises alone, graded again; the rest of a graded notebook stays.
-    jobs: how many at a time, by default one for each core. force: everything again. say: takes a line for each result.
+    jobs: how many at a time, by default one for each core. force: everything again. say: takes a line for each result,
+    by default to standard output.
     Raises: ValueError for an assignment, student or exercise that is not there, or if another `grade` is running;
     NoSandbox if there is no sandbox and `unsafe` was not said.
     """
@@ -86,24 +90,28 @@ def grade_assignment(
     found = submissions(root, assignment)
     missing = sorted(set(students) - set(found))
     if missing:
-        raise ValueError(f"there is no {root / 'submitted' / missing[0] / assignment}")
+        near = difflib.get_close_matches(missing[0], found, 1)
+        guess = f"; did you mean {near[0]}?" if near else ""
+        raise ValueError(f"there is no {root / 'submitted' / missing[0] / assignment}{guess}")
     if not found:
         raise ValueError(
             f"there is nothing to grade: submissions belong in {root / 'submitted'}/STUDENT/{assignment}/ "
             "(`course.py collect` puts the export of a learning system there)"
         )
     confinement(unsafe)  # raises before anything is written
+    # Standard output as it is now: workers who call a function quietly turn it away for the whole process.
+    say = say or partial(tqdm.write, file=sys.stdout)
     batch = Batch()
     with only_one(root), Writer(root, assignment) as writer:
         todo = []
         for student in students or found:
             report = read_report(root, assignment, student) if writer.has(student) else None
-            known = report is not None and report.get("digest") == digest(root, assignment, student)
+            known = report is not None and is_graded(root, assignment, student, report)
             if only and not known:
                 say(f"{shown(student)}: graded whole, since this submission was not graded yet")
             if known and not (force or students or only):
                 batch.finished.append(student)
-                if report.get("code") != code_digest():
+                if any(report["exercises"].get(e.name, {}).get("code") != code_digest(e.name) for e in chosen):
                     batch.older.append(student)
                 continue
             todo.append((student, [e.name for e in chosen] if only and known else []))
@@ -170,7 +178,7 @@ def grade_one(
         "assignment": assignment,
         "file": rescued.file,
         "digest": rescued.digest,
-        "code": code_digest(),
+        "timestamp": read_timestamp(folder),
         "graded_at": datetime.now(UTC).isoformat(timespec="seconds"),
         "seconds": round(judged.seconds, 3),
         "cpu_seconds": round(judged.cpu_seconds, 3),
@@ -196,14 +204,14 @@ def exercise_report(score: Score) -> dict:
         for verdict in score.verdicts
     ]
     return {"points": score.points, "of": score.exercise.points, "hint": score.hint, "problem": score.problem,
-            "cases": cases}  # fmt: skip
+            "code": code_digest(score.exercise.name), "cases": cases}  # fmt: skip
 
 
 def line(graded: Graded) -> str:
     """A result on one line."""
     of = sum(exercise["of"] for exercise in graded.report["exercises"].values())
     text = f"{shown(graded.student)}: {graded.points:g} of {of:g}, {graded.report['seconds']:.1f} s"
-    notes = graded.report["findings"] + [f"cell {c['cell']}: {c['why']}" for c in graded.report["crashes"]]
+    notes = graded.report["findings"] + [f"{c['cell']}: {c['why']}" for c in graded.report["crashes"]]
     return text + "".join(f"\n    {plain(note)}" for note in notes)
 
 
@@ -301,13 +309,19 @@ def digest(root: Path, assignment: str, student: str) -> str:
     return look(root / "submitted" / student / assignment, assignment).digest
 
 
-def code_digest() -> str:
-    """Changes with the cases and how they are judged."""
-    digest = hashlib.sha256()
-    for path in sorted((PACKAGE / "grading").rglob("*.py")):
-        if path.parent.name == "exercises" or path.name in ("compare.py", "exercise.py", "inputs.py", "score.py"):
-            digest.update(path.read_bytes())
-    return digest.hexdigest()[:16]
+def is_graded(root: Path, assignment: str, student: str, report: dict) -> bool:
+    """Whether a report is of what lies in the student's folder now, with the time that it came in."""
+    when = read_timestamp(root / "submitted" / student / assignment)
+    return report.get("digest") == digest(root, assignment, student) and report.get("timestamp") == when
+
+
+@cache
+def code_digest(exercise: str) -> str:
+    """Changes with an exercise's cases and with how all are judged."""
+    found = hashlib.sha256()
+    for name in (f"exercises/{exercise}.py", "compare.py", "exercise.py", "inputs.py", "score.py"):
+        found.update((PACKAGE / "grading" / name).read_bytes())
+    return found.hexdigest()[:16]
 
 
 @contextlib.contextmanager

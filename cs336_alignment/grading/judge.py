@@ -22,13 +22,14 @@ from torch import Tensor
 from cs336_alignment.grading.exercise import Exercise
 from cs336_alignment.grading.probe import decode_results, encode_calls
 from cs336_alignment.grading.rescue_files import Unreadable, entries, read
-from cs336_alignment.grading.sandbox import Died, Server
+from cs336_alignment.grading.sandbox import INTERRUPTED, Died, Server
 from cs336_alignment.grading.score import Question, Score, ask_all, case_seeds, score_of
 
 NOT_RUN = ("check-", "experiment-")  # how the ids of cells start that grading does not need
 LARGEST_ANSWER = 20_000_000  # bytes of files beside a notebook, or of a cell's kept text; honest ones are far below
 MOST_FILES = 10_000  # beside a notebook that are looked at
 MOST_ANSWERS = 1000  # cases of an exercise, and calls of a case
+IN_TIME = f"The function did not come to an end: its cases were {INTERRUPTED}."
 ONE_JUDGE = threading.Lock()  # workers are threads, and calling a function quietly changes sys.stdout for all of them
 TEXT_KEPT, PICTURES_KEPT = 20_000, 2_000_000  # characters of a cell's text and of a notebook's pictures
 
@@ -90,7 +91,7 @@ class Judged:
     """What became of a notebook."""
 
     scores: dict[str, Score]
-    crashes: list[dict]  # {"cell": grade id or number, "why": sentence}
+    crashes: list[dict]  # cells that died or were interrupted: {"cell": which, "why": half a sentence}
     seconds: float
     cpu_seconds: float  # of the submission's processes
 
@@ -109,6 +110,7 @@ def judge(
         asked = {exercise.name: ask_all(exercise, case_seeds(exercise, secret, student)) for exercise in graded}
         steps = list(steps_of(notebook, {name: probe(questions) for name, questions in asked.items()}))
     found, lost, cpu_seconds = run(server, steps, files or {})
+    cut_short = {index: INTERRUPTED for index, (outputs, _) in found.items() if was_interrupted(outputs)}
     scores = {}
     for index, step in steps:
         outputs, answers = found.get(index, ([], []))
@@ -121,16 +123,15 @@ def judge(
             continue
         with ONE_JUDGE:
             result = score_of(asked[step["probe"]], read_answers(answers), problem or what_went_wrong(outputs))
-        if problem:
-            result = replace(result, problem=problem)
+        if problem or index in cut_short:
+            result = replace(result, problem=problem or IN_TIME)
         scores[step["probe"]] = result
         cell.outputs = [
             new_output("display_data", {"text/html": report(result), "text/plain": str(result)}),
             new_output("execute_result", {"text/plain": repr(result.points)}),
         ]
     limit_pictures(notebook)
-    names = {index: grade_id(cell) or index for index, cell in enumerate(notebook.cells)}
-    crashes = [{"cell": names[index], "why": why} for index, why in sorted(lost.items())]
+    crashes = [{"cell": place(notebook, index), "why": why} for index, why in sorted((cut_short | lost).items())]
     return Judged(scores, crashes, time.monotonic() - begin, cpu_seconds)
 
 
@@ -152,6 +153,20 @@ def steps_of(notebook: NotebookNode, probes: dict[str, dict]) -> Iterator[tuple[
 
 def grade_id(cell: NotebookNode) -> str:
     return cell.metadata.get("nbgrader", {}).get("grade_id", "")
+
+
+def was_interrupted(outputs: Sequence[dict]) -> bool:
+    return bool(outputs) and outputs[-1].get("evalue", "") == INTERRUPTED and outputs[-1].get("ename") == "TimeoutError"
+
+
+def place(notebook: NotebookNode, index: int) -> str:
+    """Which cell that is, for a person: its id, or what it begins with and where it stands."""
+    if name := grade_id(notebook.cells[index]):
+        return name
+    before = next((grade_id(cell) for cell in reversed(notebook.cells[:index]) if grade_id(cell)), "")
+    lines = [line for line in notebook.cells[index].source.splitlines() if line.strip()]
+    begin = clean_text((lines or [""])[0].strip()[:60])
+    return f"the cell `{begin}`" + (f" after {before}" if before else "")
 
 
 def run(
@@ -277,6 +292,8 @@ def report(result: Score) -> str:
 
 def what_went_wrong(outputs: Sequence[dict]) -> str:
     """Why a function gave no answers, as a sentence for the student."""
+    if was_interrupted(outputs):
+        return IN_TIME
     for output in outputs:
         if output.get("output_type") == "error":
             name, value = clean_text(str(output.get("ename")))[:100], clean_text(str(output.get("evalue")))[:300]

@@ -19,6 +19,8 @@ from pygments.lexers import PythonLexer
 
 LONGEST_TEXT = 20_000  # characters of one answer or cell; longer ones are cut, and the page says so
 LONGEST_FORMULA = 1_500
+ALIGNED = re.compile(r"\\(begin|end)\{(?:aligned|split|gathered|align)\}")  # the library knows one of them
+BRACKETS = re.compile(r"\\\((.+?)\\\)|\\\[(.+?)\\\]", re.DOTALL)  # formulas as LaTeX itself writes them
 MACROS = re.compile(
     r"\\(?:(?:re|provide)?newcommand|providecommand|[egx]?def|let|DeclareMathOperator)\b"
 )  # they can grow
@@ -60,7 +62,8 @@ def formula(latex: str, block: bool = False) -> Markup:
     try:
         if len(latex) > LONGEST_FORMULA or MACROS.search(latex):
             raise ValueError("too long, or could become so")
-        element = convert_to_element(plain(latex), display="block" if block else "inline")
+        latex = ALIGNED.sub(r"\\\1{align*}", plain(latex))
+        element = convert_to_element(latex, display="block" if block else "inline")
         return Markup(serialized(element))
     except Exception:  # latex2mathml raises some twenty kinds, IndexError and RecursionError among them
         return Markup("<code>{}</code>").format(plain(latex))
@@ -112,6 +115,7 @@ def reader() -> MarkdownIt:
 def rich_text(markdown: str) -> Markup:
     """Markdown with formulas as HTML; as plain text where it cannot be read."""
     text = cut(plain(markdown), LONGEST_TEXT)
+    text = BRACKETS.sub(lambda m: f"${m[1].strip()}$" if m[1] else f"\n\n$${m[2].strip()}$$\n\n", text)
     try:
         return Markup(reader().render(text))
     except Exception:  # nothing that a student writes may stop the page

@@ -14,7 +14,7 @@ from pathlib import Path
 from jupyter_client.manager import start_new_kernel
 
 from cs336_alignment.grading import kernel
-from cs336_alignment.grading.sandbox import LIMITS, MISSING, Died, Limits, NoSandbox
+from cs336_alignment.grading.sandbox import LIMITS, MISSING, Died, Limits, NoSandbox, interrupted_output
 
 # What a kernel needs to start, and none of the grader's secrets.
 PASSED_ON = ("PATH", "HOME", "LANG", "TMPDIR", "SYSTEMROOT", "USERPROFILE", "APPDATA", "LOCALAPPDATA", "TEMP", "TMP")
@@ -91,8 +91,7 @@ class OrdinarySession:
             )
         except TimeoutError:
             self.interrupt(seconds)
-            text = f"stopped after {seconds:g} seconds"
-            outputs.append({"output_type": "error", "ename": "TimeoutError", "evalue": text, "traceback": [text]})
+            outputs.append(interrupted_output())
         except RuntimeError:
             raise died("the kernel died", outputs, answers) from None
         except Died as death:

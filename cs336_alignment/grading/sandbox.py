@@ -32,6 +32,12 @@ STUDENT = 60_000  # the first user number of the servers that root starts; no ac
 GB = 2**30
 MOST_SAID = 20_000  # outputs and answers of a cell that are kept; more than fits into what is kept of their text
 HEAVIEST = 1_000_000  # values in one message: what JSON becomes in memory is many times larger than its text
+INTERRUPTED = "interrupted when their time was up"  # a cell's commands
+
+
+def interrupted_output() -> dict:
+    """What a cell's outputs end with when it was interrupted."""
+    return {"output_type": "error", "ename": "TimeoutError", "evalue": INTERRUPTED, "traceback": [INTERRUPTED]}
 
 
 class NoSandbox(ValueError):
@@ -347,8 +353,7 @@ class Session:
             death.outputs, death.answers = outputs, answers
             raise
         if interrupted:
-            text = f"stopped after {seconds:g} seconds"
-            outputs.append({"output_type": "error", "ename": "TimeoutError", "evalue": text, "traceback": [text]})
+            outputs.append(interrupted_output())
         return outputs, answers
 
     def send(self, data: bytes, seconds: float) -> None:

@@ -24,7 +24,7 @@ from cs336_alignment.grading.judge import (
     read_answers,
     report,
 )
-from cs336_alignment.grading.sandbox import Limits
+from cs336_alignment.grading.sandbox import INTERRUPTED, Limits
 from cs336_alignment.grading.score import ask_all, case_seeds, score
 from cs336_alignment.paths import PACKAGE
 
@@ -99,7 +99,8 @@ def test_a_cell_that_never_ends_is_interrupted_and_what_it_defined_stays(server)
     notebook = solved()
     cell_of(notebook, "solution-dpo_loss").source += "\nwhile True: pass"
     result = judged(notebook, server)
-    assert sum(points(result).values()) == AUTOMATIC and result.crashes == []
+    assert sum(points(result).values()) == AUTOMATIC
+    assert result.crashes == [{"cell": "solution-dpo_loss", "why": INTERRUPTED}]
     assert cell_of(notebook, "solution-dpo_loss").outputs[-1].ename == "TimeoutError"
 
 
