@@ -769,6 +769,9 @@ def doctor(root: str = ROOT, environ: dict | None = None) -> int:
     if hasattr(os, "geteuid") and os.geteuid() == 0:
         note("user", "running as root: it works, an ordinary user is safer")
 
+    if os.path.isdir(os.path.join(root, "solutions")) and sys.platform == "linux" and not shutil.which("bwrap"):
+        note("bubblewrap", "not installed; only `grade` needs it, to run what students wrote: apt install bubblewrap")
+
     try:
         installers = choose_installers(environ)
         uv = find_uv() if "uv" in installers else None

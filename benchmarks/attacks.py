@@ -28,7 +28,8 @@ import nbformat
 from tqdm import tqdm
 
 from cs336_alignment.grading.exercise import exercises
-from cs336_alignment.grading.grade import grade_assignment, read_report
+from cs336_alignment.grading.folders import read_report
+from cs336_alignment.grading.grade import grade_assignment
 from cs336_alignment.grading.judge import files_in
 from cs336_alignment.grading.sandbox import GB, Limits, bubblewrap
 from cs336_alignment.paths import course_root

@@ -345,11 +345,16 @@ def collect(
     try:
         from cs336_alignment.grading.collect import collect as collect_submissions
         from cs336_alignment.grading.collect import show
+        from cs336_alignment.grading.gradebook import enrol
     except ImportError:
         raise typer.BadParameter("this is the students' edition: grading needs the instructors'") from None
 
-    result = collect_submissions(export, assignment, (course or course_root()).resolve(), students, dry_run, zone)
+    root = (course or course_root()).resolve()
+    result = collect_submissions(export, assignment, root, students, dry_run, zone)
     show(result, dry_run)
+    if result.students and not dry_run:
+        enrol(root, result.students)  # so that who handed in nothing is in the lists too
+        typer.echo(f"The gradebook has the {len(result.students)} students of the class list.")
     if not result.complete:
         raise typer.Exit(1)
 
@@ -375,6 +380,8 @@ def show_what_follows(after) -> None:
     typer.echo(f"grades    {shown(after.grades)}")
     typer.echo(f"feedback  {shown(after.report.with_name('feedback'))}: {len(after.pages)} pages")
     typer.echo(f"report    {shown(after.report)}")
+    for note in after.notes:
+        typer.echo(note)
     if after.waiting:
         typer.echo(f"{after.waiting} answers wait for a person; say `report` when they are read")
     if after.alike:

@@ -19,7 +19,7 @@ import re
 import statistics
 from collections import Counter
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -63,7 +63,7 @@ class Place:
 class Pair:
     left: str
     right: str
-    view: str  # what is alike
+    view: str  # what is alike, the most striking first
     score: float  # evidence in nats: exp(-score) is the chance for two strangers, if runs were independent
     limit: float  # what this class's other pairs stay below
     places: list[Place]
@@ -217,7 +217,10 @@ def alike(root: Path, assignment: str) -> list[Pair]:
 
 
 def alike_of(found: Class, notebooks: dict[str, list[dict]]) -> list[Pair]:
-    """One entry a pair and kind of likeness, the most striking first. notebooks: their cells, by student."""
+    """The suspicious pairs, the most striking first; each once, with the places of the view that shows it best.
+
+    notebooks: their cells, by student.
+    """
     names = {cell.name: cell.written for cell in found.cells}
     release = read_cells(found.root / "assignments" / found.assignment / f"{found.assignment}.ipynb")
     given = {f"{i}": cell["source"] for i, cell in enumerate(release)}  # questions too: answers quote them
@@ -231,7 +234,12 @@ def alike_of(found: Class, notebooks: dict[str, list[dict]]) -> list[Pair]:
         for view, texts in ((WRITTEN, code), (STRUCTURE, code), (ANSWERS, answers))
         for pair in alike_in(view, texts, given)
     ]
-    return sorted(pairs, key=lambda pair: -pair.score / pair.limit)
+    found: dict[tuple[str, str], Pair] = {}
+    for pair in sorted(pairs, key=lambda pair: -pair.score / pair.limit):
+        best = found.setdefault((pair.left, pair.right), pair)
+        if best is not pair:
+            found[pair.left, pair.right] = replace(best, view=f"{best.view}, {pair.view}")
+    return list(found.values())
 
 
 def code_parts(cells: list[dict], given: dict[str, str]) -> dict[str, str]:

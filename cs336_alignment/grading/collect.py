@@ -18,6 +18,7 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
+from cs336_alignment.grading.gradebook import Person
 from cs336_alignment.grading.lms import (
     METADATA,
     Origin,
@@ -31,6 +32,7 @@ from cs336_alignment.grading.lms import (
 )
 from cs336_alignment.grading.rescue_files import rank
 from cs336_alignment.grading.unpack import Entry, Refused, files_of
+from cs336_alignment.paths import in_course
 
 NOTEBOOK = re.compile(r"(?i)\.ipynb(\.txt|\.json)?\Z")  # mail and browsers add endings
 CRUFT = re.compile(
@@ -59,7 +61,8 @@ class Collected:
     unmatched: list[tuple[str, str, str]] = field(default_factory=list)  # name, file, nearest guess
     ignored: list[tuple[str, str]] = field(default_factory=list)  # file, why
     refused: list[tuple[str, str]] = field(default_factory=list)
-    missing: list[str] = field(default_factory=list)  # students of the class list who are not in the export
+    students: dict[str, Person] = field(default_factory=dict)  # of the class list
+    missing: list[str] = field(default_factory=list)  # of them, those who are not in the export
 
     @property
     def complete(self) -> bool:
@@ -78,10 +81,11 @@ def collect(
 
     source: a folder or zip archive. students: a csv file, see `read_roster`; without it ids are made from names.
     zone: the time zone of times that the export states without one ("Europe/Berlin"); by default this computer's.
-    Raises: ValueError for a source, class list or zone that cannot be used.
+    Raises: ValueError for a source, class list or zone that cannot be used, or an assignment that is not there.
     """
-    if make_id(assignment) != assignment:
-        raise ValueError(f"{assignment!r} cannot be an assignment's name")
+    assignments = sorted(path.stem for path in in_course(root, "assignments").glob("*/*.ipynb"))
+    if assignment not in assignments:
+        raise ValueError(f"there is no assignment {assignment!r}; there are {', '.join(assignments) or 'none'}")
     roster = read_roster(students) if students else None
     result = Collected()
     try:
@@ -91,7 +95,8 @@ def collect(
     owned, times = candidates(entries, assignment, source.stem, time_zone(zone), roster, result)
     for student in sorted(owned):
         settle(root, assignment, student, owned[student], times, dry_run, result)
-    result.missing = sorted(set(roster.students) - set(owned)) if roster else []
+    result.students = roster.students if roster else {}
+    result.missing = sorted(set(result.students) - set(owned))
     return result
 
 

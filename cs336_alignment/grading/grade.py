@@ -28,16 +28,15 @@ from tqdm import tqdm
 
 from cs336_alignment.grading.autograde import SECRET, server_for
 from cs336_alignment.grading.exercise import exercises
+from cs336_alignment.grading.folders import REPORT, autograded, is_graded, read_report, read_timestamp, submissions
 from cs336_alignment.grading.gradebook import Writer
 from cs336_alignment.grading.judge import course_secret, files_beside, grade_id, judge
 from cs336_alignment.grading.markup import plain
 from cs336_alignment.grading.rescue import rescue
-from cs336_alignment.grading.rescue_files import look, shown
+from cs336_alignment.grading.rescue_files import shown
 from cs336_alignment.grading.sandbox import LIMITS, Limits, Server, confinement
 from cs336_alignment.grading.score import Score
 from cs336_alignment.paths import PACKAGE, in_course
-
-REPORT = "report.json"
 
 
 @dataclass(frozen=True)
@@ -47,6 +46,7 @@ class Graded:
     student: str
     notebook: NotebookNode
     report: dict  # what report.json holds
+    only: Sequence[str] = ()  # exercises, if not all were graded now
 
     @property
     def points(self) -> float:
@@ -105,8 +105,8 @@ def grade_assignment(
     with only_one(root), Writer(root, assignment) as writer:
         todo = []
         for student in students or found:
-            report = read_report(root, assignment, student) if writer.has(student) else None
-            known = report is not None and is_graded(root, assignment, student, report)
+            report = read_report(root, assignment, student) if writer.has(student) else {}
+            known = is_graded(root, assignment, student, report)
             if only and not known:
                 say(f"{shown(student)}: graded whole, since this submission was not graded yet")
             if known and not (force or students or only):
@@ -145,10 +145,10 @@ def run_batch(root, assignment, todo, jobs, unsafe, limits, say, writer, batch) 
         tasks = {pool.submit(work, *task): task for task in todo}
         with tqdm(total=len(todo), unit="submission", desc=assignment, smoothing=0.05) as bar:
             for task in as_completed(tasks):
-                student, only = tasks[task]
+                student, _ = tasks[task]
                 try:
                     result = task.result()
-                    keep(root, assignment, result, only, writer)
+                    keep(root, assignment, result, writer)
                 except Exception as error:  # ours, or the disk's: the others must not suffer
                     batch.failed[student] = f"{type(error).__name__}: {error}"
                     say(f"{shown(student)}: NOT GRADED: {plain(batch.failed[student])}")
@@ -186,7 +186,7 @@ def grade_one(
         "crashes": judged.crashes,
         "exercises": {name: exercise_report(score) for name, score in judged.scores.items()},
     }
-    return Graded(student, rescued.notebook, report)
+    return Graded(student, rescued.notebook, report, only)
 
 
 def exercise_report(score: Score) -> dict:
@@ -208,9 +208,14 @@ def exercise_report(score: Score) -> dict:
 
 
 def line(graded: Graded) -> str:
-    """A result on one line."""
-    of = sum(exercise["of"] for exercise in graded.report["exercises"].values())
-    text = f"{shown(graded.student)}: {graded.points:g} of {of:g}, {graded.report['seconds']:.1f} s"
+    """A result on one line, and a line for each thing that was odd."""
+    exercises = graded.report["exercises"]
+    of = sum(exercise["of"] for exercise in exercises.values())
+    text = f"{shown(graded.student)}: {graded.points:g} of {of:g}"
+    if graded.only:
+        parts = [f"{name} {exercises[name]['points']:g} of {exercises[name]['of']:g}" for name in graded.only]
+        return f"{text}, with {', '.join(parts)} now"
+    text += f", {graded.report['seconds']:.1f} s"
     notes = graded.report["findings"] + [f"{c['cell']}: {c['why']}" for c in graded.report["crashes"]]
     return text + "".join(f"\n    {plain(note)}" for note in notes)
 
@@ -231,14 +236,14 @@ def summary(batch: Batch) -> str:
 # -------------------------------------------------------------------------------------------------- keeping
 
 
-def keep(root: Path, assignment: str, graded: Graded, only: Sequence[str], writer: Writer) -> None:
+def keep(root: Path, assignment: str, graded: Graded, writer: Writer) -> None:
     """Writes a result. Killed at any moment, the submission is graded as before, or counts as not graded.
 
     The files are made first, beside the old ones: if the disk is full, nothing has changed. While the gradebook is
     written there is no report.
     """
-    folder = graded_folder(root, assignment, graded.student)
-    report, notebook = merged(folder, graded, only) if only else (graded.report, graded.notebook)
+    folder = autograded(root, assignment, graded.student)
+    report, notebook = merged(folder, graded) if graded.only else (graded.report, graded.notebook)
     graded.report.update(report)
     timestamp = read_timestamp(root / "submitted" / graded.student / assignment)
     part, old = folder.with_name(f".{assignment}.part"), folder.with_name(f".{assignment}.old")
@@ -252,14 +257,14 @@ def keep(root: Path, assignment: str, graded: Graded, only: Sequence[str], write
         (part / "timestamp.txt").write_text(timestamp + "\n", encoding="utf-8")
     (folder / REPORT).unlink(missing_ok=True)
     points = {name: exercise["points"] for name, exercise in graded.report["exercises"].items()}
-    writer.write(graded.student, graded.notebook, points, timestamp, only or None)
+    writer.write(graded.student, graded.notebook, points, timestamp, graded.only or None)
     if folder.exists():
         folder.rename(old)
     part.rename(folder)
     shutil.rmtree(old, ignore_errors=True)
 
 
-def merged(folder: Path, graded: Graded, only: Sequence[str]) -> tuple[dict, NotebookNode]:
+def merged(folder: Path, graded: Graded) -> tuple[dict, NotebookNode]:
     """The report and the notebook that were there, with some exercises graded anew."""
     report = json.loads((folder / REPORT).read_text(encoding="utf-8"))
     report["exercises"] |= graded.report["exercises"]
@@ -267,52 +272,9 @@ def merged(folder: Path, graded: Graded, only: Sequence[str]) -> tuple[dict, Not
     notebook = nbformat.read(folder / f"{graded.report['assignment']}.ipynb", as_version=4)
     new = {grade_id(cell): cell for cell in graded.notebook.cells}
     for cell in notebook.cells:
-        if grade_id(cell) in only:
+        if grade_id(cell) in graded.only:
             cell.outputs = new[grade_id(cell)].outputs
     return report, notebook
-
-
-def graded_folder(root: Path, assignment: str, student: str) -> Path:
-    return root / "autograded" / student / assignment
-
-
-def read_report(root: Path, assignment: str, student: str) -> dict | None:
-    """The report of a graded submission; None if there is none."""
-    try:
-        return json.loads((graded_folder(root, assignment, student) / REPORT).read_text(encoding="utf-8"))
-    except (OSError, ValueError):
-        return None
-
-
-def read_timestamp(folder: Path) -> str | None:
-    """When a submission came in, if its folder says so. A file that says nothing sensible says nothing."""
-    from nbgrader.utils import parse_utc
-
-    path = folder / "timestamp.txt"
-    if path.is_symlink() or not path.is_file() or path.stat().st_size > 1000:
-        return None
-    text = path.read_text(encoding="utf-8", errors="replace").strip()
-    try:
-        parse_utc(text)
-    except (ValueError, OverflowError):
-        return None
-    return text
-
-
-def submissions(root: Path, assignment: str) -> list[str]:
-    """The students who have a folder for the assignment."""
-    return sorted(path.parent.name for path in (root / "submitted").glob(f"*/{assignment}"))
-
-
-def digest(root: Path, assignment: str, student: str) -> str:
-    """Changes if and only if what a student handed in does."""
-    return look(root / "submitted" / student / assignment, assignment).digest
-
-
-def is_graded(root: Path, assignment: str, student: str, report: dict) -> bool:
-    """Whether a report is of what lies in the student's folder now, with the time that it came in."""
-    when = read_timestamp(root / "submitted" / student / assignment)
-    return report.get("digest") == digest(root, assignment, student) and report.get("timestamp") == when
 
 
 @cache

@@ -8,7 +8,8 @@ import os
 import sys
 import tempfile
 import warnings
-from collections.abc import Collection
+from collections.abc import Collection, Mapping
+from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import nbformat
@@ -34,6 +35,29 @@ def configuration(root: Path) -> Config:
     config = PyFileConfigLoader("nbgrader_config.py", path=str(folder)).load_config()
     config.CourseDirectory.root = str(root)
     return config
+
+
+@dataclass(frozen=True)
+class Person:
+    """A student as the gradebook has them."""
+
+    first_name: str = ""
+    last_name: str = ""
+    email: str = ""
+
+
+def enrol(root: Path, students: Mapping[str, Person]) -> None:
+    """Enters students in the gradebook, by id, with what is known of their names. Nothing there is made empty."""
+    root.mkdir(parents=True, exist_ok=True)
+    with Gradebook(f"sqlite:///{root}/gradebook.db", COURSE) as book:
+        known = {student.id: student for student in book.students}
+        for student, person in students.items():
+            row = known.get(student) or Student(id=student)
+            for name, value in asdict(person).items():
+                if value:
+                    setattr(row, name, value)
+            book.db.add(row)
+        book.db.commit()
 
 
 class Writer:

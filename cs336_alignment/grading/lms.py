@@ -18,6 +18,7 @@ from pathlib import Path, PurePosixPath
 import yaml
 from rapidfuzz import fuzz, process
 
+from cs336_alignment.grading.gradebook import Person
 from cs336_alignment.grading.unpack import RESERVED
 
 CANVAS = re.compile(r"(?P<who>[^_]+)(?P<late>_LATE)?_(?P<user>\d+)_(?P<submission>\d+)_(?P<file>.+)\Z")
@@ -173,7 +174,7 @@ def make_id(name: str) -> str:
 class Roster:
     """The class list: what each student is known by."""
 
-    students: dict[str, str] = field(default_factory=dict)  # id: name to show
+    students: dict[str, Person] = field(default_factory=dict)  # by id
     ids: dict[tuple[str, str], set[str]] = field(default_factory=dict)  # (column, value): students
     names: dict[str, set[str]] = field(default_factory=dict)  # canonical name: students
 
@@ -225,14 +226,24 @@ def read_roster(path: Path) -> Roster:
             raise ValueError(f"{path}, line {lines.line_num}: {student} is there a second time")
         first, last = row.get("first_name", ""), row.get("last_name", row.get("surname", ""))
         full = row.get("name") or row.get("full_name") or f"{first} {last}".strip()
-        roster[student] = full or student
+        email = row.get("email", "")
+        roster[student] = Person(*((first, last) if first or last else first_and_last(full)), email)
         for column, value in row.items():
             ids[column, value.casefold()].add(student)
-        email = row.get("email", "")
         for known in {student, email, email.split("@")[0], *orders(full), *orders(f"{first} {last}")}:
             if canonical(known):
                 names[canonical(known)].add(student)
     return Roster(roster, dict(ids), dict(names))
+
+
+def first_and_last(name: str) -> tuple[str, str]:
+    """A name in two, as far as one can: "Lovelace, Ada King" is "Ada King Lovelace", and "Plato" a first name."""
+    if "," in name:
+        last, _, first = name.partition(",")
+    else:
+        first, _, last = name.strip().rpartition(" ")
+        first, last = first or last, last if first else ""
+    return first.strip(), last.strip()
 
 
 def orders(name: str) -> list[str]:

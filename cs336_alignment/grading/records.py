@@ -27,6 +27,7 @@ from sqlalchemy import create_engine, select
 from sqlalchemy.orm import Session
 
 from cs336_alignment.grading.exercise import Exercise, exercises
+from cs336_alignment.grading.folders import autograded, read_report
 from cs336_alignment.paths import in_course
 
 LARGEST_NOTEBOOK = 50_000_000  # bytes; nothing larger is read
@@ -100,7 +101,7 @@ class Class:
         return sum(cell.of for cell in self.cells)
 
     def autograded(self, student: str) -> Path:
-        return self.root / "autograded" / student / self.assignment
+        return autograded(self.root, self.assignment, student)
 
     def submitted(self) -> list[Record]:
         return [record for record in self.records if record.submitted]
@@ -118,7 +119,7 @@ def read_class(root: Path, assignment: str) -> Class:
     finally:
         engine.dispose()
     for record in found.submitted():
-        record.report = read_report(found.autograded(record.student) / "report.json")
+        record.report = read_report(root, assignment, record.student)
     return found
 
 
@@ -202,34 +203,6 @@ def cell_titles(root: Path, assignment: str) -> dict[str, str]:
 
 
 # ------------------------------------------------------------------------------------------- files
-
-
-def read_report(path: Path) -> dict:
-    """A report.json; {} where there is none, or none that can be read. What is of another kind than it should is left
-    out, so that one broken file costs nobody else's pages."""
-    try:
-        report = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError, RecursionError):
-        return {}
-    if not isinstance(report, dict):
-        return {}
-    for key in ("findings", "crashes"):
-        report[key] = report[key] if isinstance(report.get(key), list) else []
-    report["crashes"] = [crash for crash in report["crashes"] if isinstance(crash, dict)]
-    if not isinstance(report.get("seconds"), int | float):
-        report["seconds"] = 0.0
-    verdicts = report.pop("exercises", None)
-    if isinstance(verdicts, dict) and all(map(well_formed, verdicts.values())):
-        report["exercises"] = verdicts
-    return report
-
-
-def well_formed(verdict) -> bool:
-    """Whether an exercise's part of a report has points and cases."""
-    if not isinstance(verdict, dict) or not isinstance(verdict.get("cases") or [], list):
-        return False
-    parts = [verdict, *(verdict.get("cases") or [])]
-    return all(isinstance(x, dict) and isinstance(x.get(k), int | float) for x in parts for k in ("points", "of"))
 
 
 def read_cells(path: Path) -> list[dict]:

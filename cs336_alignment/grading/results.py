@@ -8,11 +8,19 @@ import csv
 import io
 import os
 from dataclasses import dataclass
+from difflib import get_close_matches
 from pathlib import Path
 
+from nbgrader.api import Gradebook
+
+from cs336_alignment.grading.folders import is_graded, submissions
+from cs336_alignment.grading.gradebook import COURSE, configuration
+from cs336_alignment.grading.late import LateDays, read_extensions
 from cs336_alignment.grading.records import Cell, Class, Mark, Record, read_class
+from cs336_alignment.grading.rescue_files import shown
 
 FORMULA = ("=", "+", "-", "@", "\t", "\r", "\n")  # a spreadsheet would compute a cell that starts so
+MOST_NAMES = 10  # in a sentence
 
 
 def write_grades(root: Path, assignment: str) -> Path:
@@ -101,6 +109,7 @@ class After:
     pages: list[Path]
     waiting: int  # answers that a person has to read
     alike: int  # pairs of submissions to look at
+    notes: list[str]  # sentences on what may not be meant
 
 
 def after_grading(root: Path, assignment: str, students: list[str] | None = None) -> After:
@@ -113,32 +122,47 @@ def after_grading(root: Path, assignment: str, students: list[str] | None = None
     from cs336_alignment.grading.class_report import write_class_report_of
     from cs336_alignment.grading.feedback import write_feedback_of
 
-    settle_penalties(root, students)
+    notes = settle_penalties(root, students)
     found = read_class(root, assignment)
+    if new := newer(found):
+        names = ", ".join([shown(student) for student in new[:MOST_NAMES]] + ["..."] * (len(new) > MOST_NAMES))
+        notes.append(f"{len(new)} not graded yet, or newer than their grade: {names}; say `grade`")
     grades = write_grades_of(found)
     pages = write_feedback_of(found, students)
     report, alike = write_class_report_of(found)
     waiting = sum(len(record.waiting(found.cells)) for record in found.records)
-    return After(grades, report, pages, waiting, alike)
+    return After(grades, report, pages, waiting, alike, notes)
 
 
-def settle_penalties(root: Path, students: list[str] | None = None) -> None:
-    """Late days as nbgrader_config.py has them; without a percentage in it the gradebook stays as it is."""
-    from nbgrader.api import Gradebook
-    from traitlets.config.loader import ConfigFileNotFound, PyFileConfigLoader
+def newer(found: Class) -> list[str]:
+    """Students whose submission is not graded, or came after its grade. (nbgrader's own grading leaves no trace.)"""
+    records, names = {record.student: record for record in found.records}, []
+    for student in submissions(found.root, found.assignment):
+        record = records.get(student)
+        if record is None or not record.submitted:
+            names.append(student)
+        elif "digest" in record.report and not is_graded(found.root, found.assignment, student, record.report):
+            names.append(student)
+    return names
 
-    from cs336_alignment.grading.late import LateDays, read_extensions
 
-    try:
-        config = PyFileConfigLoader("nbgrader_config.py", path=str(root)).load_config()
-    except ConfigFileNotFound:
-        return
+def settle_penalties(root: Path, students: list[str] | None = None) -> list[str]:
+    """Late days as nbgrader_config.py has them; without a percentage in it the gradebook stays as it is.
+
+    Returns sentences on lines of the extensions' file that have no effect.
+    """
+    config = configuration(root)
     late = LateDays(config=config)
     if not late.percent_per_day or not (root / "gradebook.db").is_file():
-        return
+        return []
     extensions = read_extensions(root / late.extensions_file)
-    course = config.CourseDirectory.get("course_id", "cs336_alignment")
-    with Gradebook(f"sqlite:///{root / 'gradebook.db'}", course) as gradebook:
+    with Gradebook(f"sqlite:///{root / 'gradebook.db'}", COURSE) as gradebook:
         known = [student.id for student in gradebook.students]
         for student in known if students is None else sorted(set(students) & set(known)):
             late.settle(gradebook, student, extensions)
+    notes = []
+    for student in sorted({student for student, _ in extensions} - set(known)):
+        near = get_close_matches(student, known, 1)
+        guess = f"; did you mean {near[0]}?" if near else ""
+        notes.append(f"{late.extensions_file}: the gradebook has no student {shown(student)}{guess}")
+    return notes

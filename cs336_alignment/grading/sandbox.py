@@ -94,7 +94,8 @@ Without a sandbox a submission's code has your rights: it can read the solutions
 your files, change or delete them, and use the network. (Points are safe from it in any case as far as they are decided
 outside its process; the files they are kept in are not.)
 Install it (Debian, Ubuntu: apt install bubblewrap; Fedora: dnf install bubblewrap), or grade in a virtual machine or
-container that holds nothing else and say that you mean it: --unsafe, or c.JudgedExecute.unsafe = True."""
+container that holds nothing else and say that you mean it: --unsafe, or for nbgrader's own commands
+c.JudgedExecute.unsafe = True in nbgrader_config.py."""
 
 
 def confinement(unsafe: bool) -> list[str] | None:

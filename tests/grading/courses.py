@@ -10,7 +10,8 @@ import nbformat
 import psutil
 from submissions import ASSIGNMENT, each_solution, hand_in, solutions, solved
 
-from cs336_alignment.grading.grade import grade_assignment, read_report
+from cs336_alignment.grading.folders import read_report
+from cs336_alignment.grading.grade import grade_assignment
 from cs336_alignment.paths import course_root
 
 # Kept apart: what differs between two runs that did the same.

@@ -32,6 +32,7 @@ from sqlalchemy.orm import Session
 from variants import choices, honest, renamed
 
 from cs336_alignment.grading.exercise import exercises
+from cs336_alignment.grading.rescue_files import look
 from cs336_alignment.paths import course_root
 
 ASSIGNMENT = "a4_dpo"
@@ -174,6 +175,7 @@ def make_class(root: Path, students: int = 300, seed: int = 0, reports: bool = T
             if reports:
                 report = {
                     "student": name, "assignment": ASSIGNMENT, "file": f"{ASSIGNMENT}.ipynb",
+                    "digest": look(root / "submitted" / name / ASSIGNMENT, ASSIGNMENT).digest, "timestamp": None,
                     "graded_at": "2026-11-21T10:00:00+00:00", "seconds": round(rng.uniform(0.4, 3), 2),
                     "findings": ["the points cell of dpo_loss was missing and is back"] if number % 11 == 0 else [],
                     "crashes": [{"cell": "solution-dpo_loss", "why": "the kernel died"}] * (number % 37 == 1),

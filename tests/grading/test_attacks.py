@@ -27,7 +27,8 @@ from submissions import ASSIGNMENT, AUTOMATIC, hand_in, points_in, release, solv
 from cs336_alignment.grading import sandbox
 from cs336_alignment.grading.compare import difference
 from cs336_alignment.grading.exercise import exercises
-from cs336_alignment.grading.grade import SECRET, Batch, grade_assignment, read_report
+from cs336_alignment.grading.folders import read_report
+from cs336_alignment.grading.grade import SECRET, Batch, grade_assignment
 from cs336_alignment.grading.judge import course_secret, files_in, read_answers, report
 from cs336_alignment.grading.probe import encode_results
 from cs336_alignment.grading.sandbox import GB, Limits, bubblewrap

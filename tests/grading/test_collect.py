@@ -9,12 +9,13 @@ from pathlib import Path
 from zoneinfo import ZoneInfo
 
 import pytest
+from nbgrader.api import Gradebook
 from rich.console import Console
 
 from cs336_alignment.cli import main
 from cs336_alignment.grading import unpack
 from cs336_alignment.grading.collect import collect, read_time, show
-from cs336_alignment.grading.lms import canonical, make_id, origins, read_metadata, read_roster
+from cs336_alignment.grading.lms import canonical, first_and_last, make_id, origins, read_metadata, read_roster
 from cs336_alignment.grading.unpack import files_of, unsafe
 
 A = "a4_dpo"
@@ -283,6 +284,34 @@ def test_a_class_list_as_spreadsheets_save_it(tmp_path, encoding, delimiter):
     path.write_bytes(ROSTER.replace(",", delimiter).replace("\n", "\r\n").encode(encoding))
     roster = read_roster(path)
     assert list(roster.students) == ["ada", "bob", "rené"] and roster.names["mullerrene"] == {"rené"}
+
+
+def test_the_gradebook_gets_the_class_list_and_keeps_what_the_list_does_not_say(tmp_path, root, roster):
+    source = zipped(tmp_path / "e.zip", {"ada.ipynb": "1"})
+    command = ["collect", A, str(source), "--students", str(roster), "--course", str(root)]
+    assert main([*command, "--dry-run"]) == 0 and not (root / "gradebook.db").exists()
+    assert main(command) == 0
+    roster.write_text("student,first_name,last_name\nada,Ada,King\n")
+    assert main(command) == 0
+    with Gradebook(f"sqlite:///{root}/gradebook.db", "cs336_alignment") as gradebook:
+        found = {s.id: (s.first_name, s.last_name, s.email) for s in gradebook.students}
+    assert found == {
+        "ada": ("Ada", "King", "ada.l@uni.edu"), "bob": ("Bob", "Æther", "b@uni.edu"),
+        "rené": ("René", "Müller", "r@uni.edu"),
+    }  # fmt: skip
+
+
+def test_a_name_in_two():
+    assert first_and_last("Ada King Lovelace") == first_and_last("Lovelace, Ada King") == ("Ada King", "Lovelace")
+    assert first_and_last("Plato") == ("Plato", "") and first_and_last("김 철수") == ("김", "철수")
+    assert first_and_last(" ") == first_and_last("") == ("", "")
+
+
+def test_an_assignment_that_is_not_there_is_said_so_and_nothing_is_written(tmp_path, root):
+    for name in ("a4_dop", "../a4_dpo", ""):
+        with pytest.raises(ValueError, match="there is no assignment .*; there are a1_sft, .*a4_dpo"):
+            collect(zipped(tmp_path / "e.zip", {"ada.ipynb": "1"}), name, root)
+    assert written(root) == set()
 
 
 @pytest.mark.parametrize(

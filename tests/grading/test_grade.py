@@ -12,7 +12,8 @@ from courses import book, contents, graded, make_class, named, outputs, reports,
 from submissions import ASSIGNMENT, AUTOMATIC, hand_in, nbgrader, release, solved
 
 from cs336_alignment.grading import gradebook, judge, sandbox
-from cs336_alignment.grading.grade import code_digest, grade_assignment, read_report, summary
+from cs336_alignment.grading.folders import read_report
+from cs336_alignment.grading.grade import code_digest, grade_assignment, summary
 from cs336_alignment.grading.sandbox import NoSandbox
 from cs336_alignment.paths import course_root
 
@@ -198,6 +199,8 @@ def test_one_exercise_alone_is_graded_again(course, monkeypatch):
     assert shown.pop("dpo_loss") != cells.pop("dpo_loss") and shown == cells
     report = read_report(course, ASSIGNMENT, "student00")["exercises"]
     assert report["dpo_loss"]["points"] == 0 and report["log_partition"]["points"] == 10
+    of = batch.graded[0].report["exercises"]["dpo_loss"]["of"]
+    assert lines and all(f", with dpo_loss 0 of {of:g} now" in line for line in lines)
 
 
 def grade_nothing(questions):
@@ -210,6 +213,25 @@ def test_one_exercise_of_a_new_submission_is_graded_with_the_others(course):
     hand_in(course, "late", solved())
     batch, lines = graded(course, ["late"], ["dpo_loss"])
     assert batch.graded[0].points == AUTOMATIC and "graded whole" in lines[0]
+
+
+def test_a_submission_whose_time_changed_is_graded_again(course):
+    (course / "submitted" / "student02" / ASSIGNMENT / "timestamp.txt").write_text("2026-11-21 12:00:00 UTC\n")
+    batch, _ = graded(course)
+    assert [result.student for result in batch.graded] == ["student02"]
+    assert graded(course)[0].graded == []
+
+
+def test_results_are_said_while_other_workers_call_functions(course, capsys):
+    """What a function prints is turned away for the whole process, but not what `grade` says."""
+    batch = grade_assignment(course, ASSIGNMENT, jobs=2, force=True, unsafe=True)
+    said = capsys.readouterr().out
+    assert batch.graded and all(f"{result.student}: " in said for result in batch.graded)
+
+
+def test_a_student_who_is_not_there_is_named_with_the_nearest(course):
+    with pytest.raises(ValueError, match="did you mean student02"):
+        graded(course, ["studnt02"])
 
 
 def test_other_cases_than_at_grading_are_told(course, monkeypatch):
@@ -353,7 +375,7 @@ def test_stopped_between_the_gradebook_and_the_folder_it_is_graded_again(course,
     with monkeypatch.context() as patch, pytest.raises(Killed):
         patch.setattr(grade.Path, "rename", killed)
         graded(course, ["student02"])
-    assert contents(course) == before[0] and read_report(course, ASSIGNMENT, "student02") is None
+    assert contents(course) == before[0] and read_report(course, ASSIGNMENT, "student02") == {}
     batch, _ = graded(course)
     assert [result.student for result in batch.graded] == ["student02"]
     assert (contents(course), reports(course)) == before

@@ -108,6 +108,26 @@ def test_the_verb_says_where_everything_is(course, capsys):
     assert main(["report", "a9", "--course", str(course)]) == 2
 
 
+def test_submissions_that_are_newer_than_their_grade_are_named(tmp_path):
+    course = make_class(tmp_path, 6)
+    assert after_grading(course, ASSIGNMENT).notes == []
+    student = read_class(course, ASSIGNMENT).submitted()[0].student
+    for name in ("stranger", student):
+        folder = course / "submitted" / name / ASSIGNMENT
+        folder.mkdir(parents=True, exist_ok=True)
+        (folder / f"{ASSIGNMENT}.ipynb").write_text("{}", encoding="utf-8")
+    assert after_grading(course, ASSIGNMENT).notes == [
+        f"2 not graded yet, or newer than their grade: {student}, stranger; say `grade`"
+    ]
+
+
+def test_an_extension_for_nobody_is_named_with_the_nearest_student(tmp_path):
+    course = make_class(tmp_path, 6)
+    (course / "nbgrader_config.py").write_text("c = get_config()\nc.LateDays.percent_per_day = 10\n", encoding="utf-8")
+    (course / "extensions.csv").write_text(f"student,assignment,days\ns0001,{ASSIGNMENT},2\n", encoding="utf-8")
+    assert settle_penalties(course) == ["extensions.csv: the gradebook has no student s0001; did you mean s001?"]
+
+
 def test_points_by_hand_change_the_late_penalty_when_the_report_is_made(tmp_path):
     course = make_class(tmp_path, 24)
     (course / "nbgrader_config.py").write_text("c = get_config()\nc.LateDays.percent_per_day = 10\n", encoding="utf-8")
