@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from cs336_alignment.distributed import add_gradients, added_up, averaged, my_rows, my_turns
+from cs336_alignment.distributed import add_gradients, added_up, averaged, my_rows, my_turns, same_start
 from cs336_alignment.models import autocast
 from cs336_alignment.optimize import (
     Run,
@@ -139,7 +139,9 @@ def train_dpo(
     )
     if not data["response_mask"].any():
         raise ValueError("no response has a token: nothing to train on")
-    # A resumed run's policy has moved on already, so the reference must be taken before the checkpoint is read.
+    # A resumed run's policy has moved on already, so the reference must be taken before the checkpoint is read. Each
+    # process scores a part of the data: with the same weights.
+    same_start(ref_model or model)
     ref_log_probs = reference_log_probs(ref_model or model, data, log_probs_fn=log_probs_fn)
     optimizer = make_optimizer(model, config.learning_rate)
     run = Run("DPO", config, checkpoint, progress, model=model, optimizer=optimizer)

@@ -1,7 +1,9 @@
 """What the four training loops share: an optimizer, a schedule, batches in a fixed order, and resuming.
 
 Everything random in a loop is a function of (seed, step), never of what was drawn before. So a run that was
-killed continues from its last checkpoint and ends exactly where an uninterrupted one ends.
+killed continues from its last checkpoint and ends exactly where an uninterrupted one ends. The exception is a model
+with dropout in train mode: it draws from torch's global generator, which no checkpoint holds. The loops leave the mode
+as it is, and `load_model` gives models in eval mode.
 """
 
 from collections.abc import Iterator

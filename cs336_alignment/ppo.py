@@ -208,8 +208,9 @@ def train_ppo(
     evaluate_fn(model) -> dict is called every `config.eval_every` iterations and logged. name: of the progress bar.
     For speed: log_probs_fn=speed.response_only_sample_log_probs, values_fn=speed.response_only_values (by default
     `response_values`), and trust_sampler=True: the old log-probabilities are those that `sample` noted, instead of a
-    second pass that finds the same ones again to rounding (not for a model with dropout). for_sampling=
-    decode.for_sampling lays the policy out anew for each iteration's sampling.
+    second pass that finds the same ones again to rounding (not for a model with dropout). Rounding is much in
+    bfloat16: up to some .02 nats a token, and .07 with for_sampling=decode.for_sampling, on a small model. The latter
+    lays the policy out anew for each iteration's sampling.
     Raises: ValueError if there are no prompts, or a score is not finite.
     """
     device = next(model.parameters()).device

@@ -20,6 +20,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from cs336_alignment.distributed import is_sharded
 from cs336_alignment.generate import Samples
 from cs336_alignment.models import RMSNorm, autocast, check_length, scalar_head
 from cs336_alignment.tokens import at_least_float32, collate, masked_token_log_probs
@@ -149,6 +150,8 @@ def shared_prompt_scores(
 
 
 def _scores(model, prompts, responses, pad_token_id, device, shared: bool) -> Tensor:
+    if is_sharded(model.parameters()):  # its parts are used here beside its `forward`, which puts them together
+        raise ValueError("a sharded reward model is scored by reward.score_tokens only: leave scores_fn out")
     ids, mask = (x.to(device) for x in collate([p + r for p, r in zip(prompts, responses)], pad_token_id))
     starts = torch.tensor([len(p) for p in prompts], device=device)
     ends = torch.tensor([len(p) + len(r) for p, r in zip(prompts, responses)], device=device)
@@ -200,7 +203,8 @@ class LeanRMSNorm(RMSNorm):
     """`models.RMSNorm` in a third of the passes over memory, and with half as much kept for the backward pass."""
 
     def forward(self, x: Tensor) -> Tensor:
-        if x.dtype != self.weight.dtype:  # under autocast
+        # Under autocast, or in half precision, in which torch's own norm computes inside in float32.
+        if x.dtype != self.weight.dtype or x.dtype in (torch.bfloat16, torch.float16):
             return super().forward(x)
         return _LeanRMSNorm.apply(x, self.weight, self.eps)
 
@@ -224,7 +228,7 @@ def length_sorted_parts(response_mask: Tensor, tokens: int) -> list[Tensor]:
     response tokens, is the step on the whole batch, without most of its padding and with a fraction of its memory.
     A row longer than `tokens` is a part by itself.
     """
-    lengths = (response_mask * torch.arange(1, response_mask.shape[1] + 1)).amax(1)
+    lengths = (response_mask * torch.arange(1, response_mask.shape[1] + 1, device=response_mask.device)).amax(1)
     order = lengths.argsort(stable=True)
     parts, begin = [], 0
     for end in range(1, len(order) + 1):

@@ -1,5 +1,7 @@
 """`for_sampling` beside the plain Llama: the same logits, the same samples."""
 
+import os
+
 import pytest
 import torch
 from toys import EOS, PAD, assert_near, tiny_llama
@@ -99,7 +101,8 @@ def test_too_long_is_refused_as_by_the_plain_model():
 
 
 def test_a_static_step_reads_and_writes_the_same_memory_each_time():
-    fast = for_sampling(llama(), static=True)
+    model = llama()
+    fast = for_sampling(model, static=True)
     cache = fast.new_cache(2, 6)
     fast.hidden(torch.tensor([[2, 3], [4, 5]]), cache=cache)
 
@@ -110,7 +113,21 @@ def test_a_static_step_reads_and_writes_the_same_memory_each_time():
     before = places()
     for token in (6, 7):
         fast.hidden(torch.full((2, 1), token), cache=cache)
+    cache.batch_select_indices(torch.tensor([1]))  # a row that has finished is computed along
+    last = fast.hidden(torch.full((1, 1), 8), cache=cache)
     assert places() == before
+    expected = model(torch.tensor([[4, 5, 6, 7, 8]]))[:, -1:]
+    assert_near(fast.head(last), expected, 1e-10)
+
+
+@pytest.mark.parametrize("static", [False, True])
+def test_made_outside_autocast_it_may_be_used_inside(static):
+    model, request = tiny_llama(), dict(max_new_tokens=8, eos_token_id=EOS, pad_token_id=PAD)
+    fast = for_sampling(model, static)
+    with torch.autocast("cpu", torch.bfloat16):
+        samples = sample(fast, RAGGED, **request, generator=torch.Generator().manual_seed(3))
+        again = response_log_probs(model, samples)
+    assert (samples.log_probs - again)[samples.response_mask].abs().max() < 0.1
 
 
 @pytest.mark.gpu
@@ -125,3 +142,18 @@ def test_the_captured_step_gives_the_samples_of_the_static_one():
     )  # fmt: skip
     assert torch.equal(plain.response_ids, fast.response_ids)
     assert_near(fast.log_probs.cpu(), plain.log_probs.cpu(), 1e-4)
+
+
+@pytest.mark.gpu(cpu_too=True)
+@pytest.mark.parametrize("made_inside", [True, False])
+def test_the_captured_step_under_autocast_says_what_teacher_forcing_finds(made_inside):
+    """bfloat16, as PPO uses it on a GPU. The rehearsal on a CPU takes the static step without its capture."""
+    device = os.environ.get("COURSE_GPU_TESTS_ON", "cuda")
+    model, request = llama().float().to(device), dict(max_new_tokens=12, eos_token_id=EOS, pad_token_id=PAD)
+    fast = None if made_inside else for_sampling(model, static=True)
+    with torch.autocast(torch.device(device).type, torch.bfloat16):
+        fast = fast or for_sampling(model, static=True)
+        samples = sample(fast, RAGGED, **request, generator=torch.Generator(device).manual_seed(3))
+        again = response_log_probs(model, samples)
+    difference = (samples.log_probs - again)[samples.response_mask].abs()
+    assert difference.mean() < 0.05 and difference.max() < 0.5

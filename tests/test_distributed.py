@@ -19,7 +19,7 @@ from safetensors.torch import load_file
 from toys import assert_near, weights_of
 from two_processes import DEMONSTRATIONS, JOBS, TOKENIZER, outcome, policy
 
-from cs336_alignment import cli, distributed
+from cs336_alignment import cli, distributed, speed
 from cs336_alignment.models import load_model, load_progress, save_model
 from cs336_alignment.optimize import shuffled_batch
 from cs336_alignment.real_data import train_on_file
@@ -104,6 +104,22 @@ def test_slices_need_not_be_equal(found):
     assert_same_run(found["uneven"], outcome(two_processes.sft(batch_size=5)), 1e-12)
 
 
+def test_a_reference_model_is_that_of_the_first_process(found):
+    """Every model of `two_processes.py` is another one in each process before its loop: the loops make them the same.
+    DPO does so before the first step, since the processes share the reference's work."""
+    expected = outcome(two_processes.dpo(ref_model=policy()))
+    assert_same_run(found["reference"], expected, 1e-7)
+    assert expected["log"][0]["margin"] == 0 and abs(found["reference"]["log"][0]["margin"]) < 1e-12
+
+
+@pytest.mark.parametrize("sharded", [False, True], ids=["a model each", "sharded"])
+def test_the_tricks_of_speed_work_in_two_processes(found, sharded):
+    fast = two_processes.sft(log_probs_fn=speed.response_only_log_probs)
+    assert_same_run(found["fast SFT", sharded], outcome(fast), 1e-12)
+    fast = two_processes.dpo(log_probs_fn=speed.shared_prompt_log_probs)
+    assert_same_run(found["fast DPO", sharded], outcome(fast), 1e-7)
+
+
 def test_a_transformers_model_can_be_sharded_and_saved_whole(found, folder, tmp_path):
     """float32, with tied embeddings, which are one tensor again in the file."""
     run = two_processes.wrapped()
@@ -144,6 +160,8 @@ def test_slices_turns_and_sums(folder):
         assert "cannot be shared by 2 processes" in found["too few rows"]
         assert "in 3 equal parts each" in found["uneven parts"]
         assert "one process" in found["PPO"]
+        for name in ("sharded scores", "sharded scores of pairs"):
+            assert "leave scores_fn out" in found[name]
 
 
 def test_alone_every_function_gives_back_what_it_got():

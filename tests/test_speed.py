@@ -264,3 +264,11 @@ def test_a_lean_norm_under_autocast_is_the_plain_one():
     norm, x = RMSNorm(8, 1e-5), torch.randn(2, 8, dtype=torch.bfloat16)
     expected = norm(x)
     assert torch.equal(speed.lean_norms(norm)(x), expected)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_a_lean_norm_in_half_precision_is_the_plain_one(dtype):
+    """Its own formula would round the norm, the scale and each product to three digits on the way."""
+    norm, x = RMSNorm(256, 1e-5).to(dtype), torch.randn(20, 256, dtype=dtype)
+    expected = norm(x)
+    assert torch.equal(speed.lean_norms(norm)(x), expected)

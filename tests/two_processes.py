@@ -10,7 +10,7 @@ from pathlib import Path
 import torch
 from toys import ToyTokenizer, tiny_llama
 
-from cs336_alignment import distributed
+from cs336_alignment import distributed, speed
 from cs336_alignment.dpo import DPOConfig, train_dpo
 from cs336_alignment.generate import sample
 from cs336_alignment.models import HFCausalLM, RewardModel, save_model
@@ -35,7 +35,8 @@ PREFERENCES = [
 
 
 def policy():
-    return tiny_llama(0, torch.float64)
+    """Of other random numbers in each process: all must start from those of the first."""
+    return tiny_llama(distributed.process_rank(), torch.float64)
 
 
 def sft(sharded: bool = False, accumulation: int = 1, batch_size: int = 6, **kwargs):
@@ -109,6 +110,8 @@ def functions() -> dict:
         "too few rows": refused(distributed.my_rows, torch.arange(1)),
         "uneven parts": refused(distributed.my_rows, torch.arange(8), parts=3),
         "PPO": refused(train_ppo, policy(), TOKENIZER, ["w2"], len, PPOConfig()),
+        "sharded scores": refused(reward, sharded=True, scores_fn=speed.last_token_scores),
+        "sharded scores of pairs": refused(reward, sharded=True, scores_fn=speed.shared_prompt_scores),
     }
 
 
@@ -117,7 +120,7 @@ def wrapped():
     from transformers import LlamaConfig, LlamaForCausalLM
 
     shape = dict(vocab_size=12, hidden_size=8, intermediate_size=16, num_hidden_layers=2, num_attention_heads=2)
-    torch.manual_seed(0)
+    torch.manual_seed(distributed.process_rank())
     model = shard_if(HFCausalLM(LlamaForCausalLM(LlamaConfig(**shape, tie_word_embeddings=True))), True)
     return train_sft(model, TOKENIZER, DEMONSTRATIONS, SFTConfig(**SHORT, replay_rows=0), progress=False), model
 
@@ -130,6 +133,10 @@ def everything(folder: Path) -> None:
             found[name, sharded] = outcome(job(sharded))
     found["accumulation"] = outcome(sft(accumulation=3))
     found["uneven"] = outcome(sft(batch_size=5))
+    found["reference"] = outcome(dpo(ref_model=policy()))
+    for sharded in (False, True):
+        found["fast SFT", sharded] = outcome(sft(sharded, log_probs_fn=speed.response_only_log_probs))
+        found["fast DPO", sharded] = outcome(dpo(sharded, log_probs_fn=speed.shared_prompt_log_probs))
     found["transformers"] = outcome(run := wrapped())
     save_model(run[1], None, folder / "model")
     found["checkpoint"] = outcome(dpo(checkpoint=folder / "whole.pt"))
