@@ -30,7 +30,7 @@ from tqdm import tqdm
 from cs336_alignment.grading.exercise import exercises
 from cs336_alignment.grading.folders import read_report
 from cs336_alignment.grading.grade import grade_assignment
-from cs336_alignment.grading.judge import files_in
+from cs336_alignment.grading.rescue_files import files_in
 from cs336_alignment.grading.sandbox import GB, Limits, bubblewrap
 from cs336_alignment.paths import course_root
 

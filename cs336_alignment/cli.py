@@ -383,9 +383,9 @@ def show_what_follows(after) -> None:
     for note in after.notes:
         typer.echo(note)
     if after.waiting:
-        typer.echo(f"{after.waiting} answers wait for a person; say `report` when they are read")
+        typer.echo(f"written answers that wait for a person: {after.waiting}; say `report` when they are read")
     if after.alike:
-        typer.echo(f"{after.alike} pairs of submissions to look at, at the end of the report")
+        typer.echo(f"suspiciously alike pairs to look at, at the end of the report: {after.alike}")
 
 
 @app.command()
@@ -439,6 +439,9 @@ def explain(error: Exception) -> str:
 def main(arguments: list[str] | None = None) -> int:
     """Run a verb; its exit code. 2: the user can put it right (one line); 130: Ctrl-C. A bug raises."""
     arguments = list(sys.argv[1:] if arguments is None else arguments)
+    for stream in (sys.stdout, sys.stderr):
+        if hasattr(stream, "reconfigure"):
+            stream.reconfigure(errors="replace")  # a name that the terminal cannot show must not end a batch
     # What checks notebooks would import this for one kind of web address, none of which is in a notebook: 1.5 seconds.
     sys.modules.setdefault("rfc3987_syntax", None)
     debug = "--debug" in arguments and arguments[0] != "test"  # pytest has a --debug of its own

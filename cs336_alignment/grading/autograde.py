@@ -17,9 +17,10 @@ from traitlets import Bool, Float, Unicode
 
 from cs336_alignment.grading.editions import kernel_edition
 from cs336_alignment.grading.exercise import exercises, stripped_of
-from cs336_alignment.grading.judge import course_secret, files_beside, judge, preloaded
+from cs336_alignment.grading.judge import course_secret, judge, preloaded
 from cs336_alignment.grading.kernel import FONTS
 from cs336_alignment.grading.ordinary import OrdinaryServer
+from cs336_alignment.grading.rescue_files import files_beside
 from cs336_alignment.grading.sandbox import LIMITS, Limits, Server
 from cs336_alignment.paths import course_root
 

@@ -1,13 +1,17 @@
 """What lies in a course folder: submissions as they came in, and what `grade` left of each in `autograded/`."""
 
 import json
+import re
+import stat
+from datetime import UTC, datetime, timedelta, timezone, tzinfo
 from pathlib import Path
 
-from nbgrader.utils import parse_utc
+from dateutil.parser import parse
 
 from cs336_alignment.grading.rescue_files import look
 
 REPORT = "report.json"
+DAYS = (datetime(2024, 1, 1), datetime(2025, 2, 2))  # nothing of the date is the same
 
 
 def submissions(root: Path, assignment: str) -> list[str]:
@@ -19,17 +23,49 @@ def autograded(root: Path, assignment: str, student: str) -> Path:
     return root / "autograded" / student / assignment
 
 
+def unfinished(root: Path, assignment: str, student: str) -> Path:
+    """Where a result is put together. It is there afterwards if that was stopped: the submission is not graded."""
+    return autograded(root, assignment, student).with_name(f".{assignment}.part")
+
+
 def read_timestamp(folder: Path) -> str | None:
     """When a submission came in, if its folder says so. A file that says nothing sensible says nothing."""
     path = folder / "timestamp.txt"
-    if path.is_symlink() or not path.is_file() or path.stat().st_size > 1000:
-        return None
-    text = path.read_text(encoding="utf-8", errors="replace").strip()
     try:
-        parse_utc(text)
-    except (ValueError, OverflowError):
+        text = path.read_text(encoding="utf-8", errors="replace") if is_small_file(path) else ""
+    except OSError:
         return None
-    return text
+    when = parse_time(text)
+    return f"{when:%Y-%m-%d %H:%M:%S.%f} UTC" if when else None
+
+
+def is_small_file(path: Path) -> bool:
+    """Whether it is an ordinary file of a line or two; links, and pipes that never end, are not. Raises: OSError."""
+    found = path.lstat()
+    return stat.S_ISREG(found.st_mode) and found.st_size <= 1000
+
+
+def parse_time(text: str) -> datetime | None:
+    """A day and a time as a person or program writes them, in UTC; None for what is not both.
+
+    UTC where no zone is named. A zone that is not known, as the many that are called "CST", is no time.
+    """
+    text = text.strip()
+    try:
+        first, second = (parse(text, default=day, tzinfos=known_zone) for day in DAYS)
+        # What the text leaves out comes from the default: without year, month and day the two are different.
+        if first != second or not re.search(r"\d:\d", text):
+            return None
+        return first.replace(tzinfo=UTC) if first.tzinfo is None else first.astimezone(UTC)
+    except (ValueError, OverflowError, TypeError):
+        return None
+
+
+def known_zone(name: str | None, offset: int | None) -> tzinfo:
+    """For dateutil. Raises: ValueError for a name that stands for no zone, or for several."""
+    if name is None or name in ("UTC", "GMT", "Z"):
+        return timezone(timedelta(seconds=offset or 0))
+    raise ValueError(f"{name!r} is no zone")
 
 
 def is_graded(root: Path, assignment: str, student: str, report: dict) -> bool:

@@ -13,6 +13,7 @@ import hashlib
 import json
 import os
 import queue
+import re
 import shutil
 import sys
 from collections.abc import Callable, Iterator, Sequence
@@ -28,15 +29,23 @@ from tqdm import tqdm
 
 from cs336_alignment.grading.autograde import SECRET, server_for
 from cs336_alignment.grading.exercise import exercises
-from cs336_alignment.grading.folders import REPORT, autograded, is_graded, read_report, read_timestamp, submissions
+from cs336_alignment.grading.folders import (
+    REPORT,
+    autograded,
+    is_graded,
+    read_report,
+    read_timestamp,
+    submissions,
+    unfinished,
+)
 from cs336_alignment.grading.gradebook import Writer
-from cs336_alignment.grading.judge import course_secret, files_beside, grade_id, judge
+from cs336_alignment.grading.judge import course_secret, grade_id, judge
 from cs336_alignment.grading.markup import plain
 from cs336_alignment.grading.rescue import rescue
-from cs336_alignment.grading.rescue_files import shown
+from cs336_alignment.grading.rescue_files import files_beside, shown
 from cs336_alignment.grading.sandbox import LIMITS, Limits, Server, confinement
 from cs336_alignment.grading.score import Score
-from cs336_alignment.paths import PACKAGE, in_course
+from cs336_alignment.paths import PACKAGE, course_root
 
 
 @dataclass(frozen=True)
@@ -59,7 +68,7 @@ class Batch:
 
     graded: list[Graded] = field(default_factory=list)
     finished: list[str] = field(default_factory=list)  # graded before, and nothing new came
-    older: list[str] = field(default_factory=list)  # of them, those graded with other cases than today's
+    older: list[str] = field(default_factory=list)  # of them, those graded by other cases or references than today's
     failed: dict[str, str] = field(default_factory=dict)  # our own errors: student, what happened
 
 
@@ -104,7 +113,7 @@ def grade_assignment(
     batch = Batch()
     with only_one(root), Writer(root, assignment) as writer:
         todo = []
-        for student in students or found:
+        for student in dict.fromkeys(students) or found:
             report = read_report(root, assignment, student) if writer.has(student) else {}
             known = is_graded(root, assignment, student, report)
             if only and not known:
@@ -122,8 +131,8 @@ def grade_assignment(
 
 def run_batch(root, assignment, todo, jobs, unsafe, limits, say, writer, batch) -> None:
     """Workers grade, this thread writes."""
-    releases = {path.stem: nbformat.read(path, as_version=4)
-                for path in in_course(root, "assignments").glob("*/*.ipynb")}  # fmt: skip
+    paths = [path for folder in (course_root(), root) for path in folder.glob("assignments/*/*.ipynb")]
+    releases = {name: nbformat.read(path, as_version=4) for name, path in {path.stem: path for path in paths}.items()}
     secret = course_secret(root / SECRET)
     jobs = min(jobs, len(todo))
     servers: queue.SimpleQueue[Server] = queue.SimpleQueue()
@@ -173,16 +182,19 @@ def grade_one(
     rescued = rescue(folder, releases[assignment], others)
     graded = [e for e in exercises(assignment) if not e.optional and (not only or e.name in only)]
     judged = judge(rescued.notebook, graded, student, secret, server, files_beside(folder, rescued.file))
+    timestamp, findings = read_timestamp(folder), list(rescued.findings)
+    if timestamp is None and os.path.lexists(folder / "timestamp.txt"):
+        findings.append("timestamp.txt says no day and time that can be read: it is graded as in time.")
     report = {
         "student": student,
         "assignment": assignment,
         "file": rescued.file,
         "digest": rescued.digest,
-        "timestamp": read_timestamp(folder),
+        "timestamp": timestamp,
         "graded_at": datetime.now(UTC).isoformat(timespec="seconds"),
         "seconds": round(judged.seconds, 3),
         "cpu_seconds": round(judged.cpu_seconds, 3),
-        "findings": list(rescued.findings),
+        "findings": findings,
         "crashes": judged.crashes,
         "exercises": {name: exercise_report(score) for name, score in judged.scores.items()},
     }
@@ -214,8 +226,9 @@ def line(graded: Graded) -> str:
     text = f"{shown(graded.student)}: {graded.points:g} of {of:g}"
     if graded.only:
         parts = [f"{name} {exercises[name]['points']:g} of {exercises[name]['of']:g}" for name in graded.only]
-        return f"{text}, with {', '.join(parts)} now"
-    text += f", {graded.report['seconds']:.1f} s"
+        text += f", with {', '.join(parts)} now"
+    else:
+        text += f", {graded.report['seconds']:.1f} s"
     notes = graded.report["findings"] + [f"{c['cell']}: {c['why']}" for c in graded.report["crashes"]]
     return text + "".join(f"\n    {plain(note)}" for note in notes)
 
@@ -224,7 +237,7 @@ def summary(batch: Batch) -> str:
     """What a run did, in a few lines."""
     lines = [f"{len(batch.graded)} graded, {len(batch.finished)} were graded before"]
     if batch.older:
-        lines.append(f"{len(batch.older)} of them with other cases than today's; --force grades them again")
+        lines.append(f"{len(batch.older)} of them by other cases or references than today's; --force grades them again")
     odd = [graded.student for graded in batch.graded if graded.report["findings"] or graded.report["crashes"]]
     if odd:
         lines.append(f"{len(odd)} with something to look at: {', '.join(map(shown, odd))}")
@@ -246,12 +259,13 @@ def keep(root: Path, assignment: str, graded: Graded, writer: Writer) -> None:
     report, notebook = merged(folder, graded) if graded.only else (graded.report, graded.notebook)
     graded.report.update(report)
     timestamp = read_timestamp(root / "submitted" / graded.student / assignment)
-    part, old = folder.with_name(f".{assignment}.part"), folder.with_name(f".{assignment}.old")
+    part, old = unfinished(root, assignment, graded.student), folder.with_name(f".{assignment}.old")
     for left in (part, old):
         shutil.rmtree(left, ignore_errors=True)
     part.mkdir(parents=True)
     # Not nbformat.write, whose many short lines are for people, and slow.
-    (part / f"{assignment}.ipynb").write_text(json.dumps(notebook, ensure_ascii=False), encoding="utf-8")
+    text = json.dumps(notebook, ensure_ascii=False)
+    (part / f"{assignment}.ipynb").write_text(text, encoding="utf-8", errors="replace")
     (part / REPORT).write_text(json.dumps(report, indent=1), encoding="utf-8")
     if timestamp:
         (part / "timestamp.txt").write_text(timestamp + "\n", encoding="utf-8")
@@ -267,6 +281,9 @@ def keep(root: Path, assignment: str, graded: Graded, writer: Writer) -> None:
 def merged(folder: Path, graded: Graded) -> tuple[dict, NotebookNode]:
     """The report and the notebook that were there, with some exercises graded anew."""
     report = json.loads((folder / REPORT).read_text(encoding="utf-8"))
+    # All other cells ran again, but not the points cells of other exercises.
+    others = set(report["exercises"]) - set(graded.only)
+    report["crashes"] = [c for c in report["crashes"] if c["cell"] in others] + graded.report["crashes"]
     report["exercises"] |= graded.report["exercises"]
     report["graded_at"] = graded.report["graded_at"]
     notebook = nbformat.read(folder / f"{graded.report['assignment']}.ipynb", as_version=4)
@@ -279,11 +296,18 @@ def merged(folder: Path, graded: Graded) -> tuple[dict, NotebookNode]:
 
 @cache
 def code_digest(exercise: str) -> str:
-    """Changes with an exercise's cases and with how all are judged."""
-    found = hashlib.sha256()
-    for name in (f"exercises/{exercise}.py", "compare.py", "exercise.py", "inputs.py", "score.py"):
-        found.update((PACKAGE / "grading" / name).read_bytes())
-    return found.hexdigest()[:16]
+    """Changes with an exercise's cases and reference, and with how all are judged: with the files of these."""
+    found, waiting = {}, [f"grading/exercises/{exercise}", "grading/score"]
+    while waiting:
+        name = waiting.pop()
+        path = PACKAGE / f"{name}.py"
+        if name in found or not path.is_file():
+            continue
+        found[name] = path.read_bytes()
+        if name.startswith("grading/"):  # of the package itself, the reference's own file is enough
+            modules = re.findall(r"^from cs336_alignment\.([\w.]+) import", found[name].decode(), re.MULTILINE)
+            waiting += [module.replace(".", "/") for module in modules]
+    return hashlib.sha256(b"".join(found[name] for name in sorted(found))).hexdigest()[:16]
 
 
 @contextlib.contextmanager

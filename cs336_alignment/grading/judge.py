@@ -12,7 +12,6 @@ import secrets
 import threading
 import time
 from collections.abc import Iterator, Sequence
-from contextlib import suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -21,13 +20,11 @@ from torch import Tensor
 
 from cs336_alignment.grading.exercise import Exercise
 from cs336_alignment.grading.probe import decode_results, encode_calls
-from cs336_alignment.grading.rescue_files import Unreadable, entries, read
 from cs336_alignment.grading.sandbox import INTERRUPTED, Died, Server
 from cs336_alignment.grading.score import Question, Score, ask_all, case_seeds, score_of
 
 NOT_RUN = ("check-", "experiment-")  # how the ids of cells start that grading does not need
-LARGEST_ANSWER = 20_000_000  # bytes of files beside a notebook, or of a cell's kept text; honest ones are far below
-MOST_FILES = 10_000  # beside a notebook that are looked at
+LARGEST_ANSWER = 20_000_000  # bytes of a cell's kept text; honest ones are far below
 MOST_ANSWERS = 1000  # cases of an exercise, and calls of a case
 IN_TIME = f"The function did not come to an end: its cases were {INTERRUPTED}."
 ONE_JUDGE = threading.Lock()  # workers are threads, and calling a function quietly changes sys.stdout for all of them
@@ -68,9 +65,9 @@ def sensible(result: dict) -> dict:
     if "error" in result:
         line = result.get("line")
         return {
-            "error": str(result["error"])[:100],
-            "message": str(result.get("message", ""))[:500],
-            "line": None if line is None else str(line)[:500],
+            "error": clean_text(str(result["error"])[:100]),
+            "message": clean_text(str(result.get("message", ""))[:500]),
+            "line": None if line is None else clean_text(str(line)[:500]),
         }
     parts = {"value": result["value"], "changed": result.get("changed", [])}
     if not (isinstance(parts["changed"], list) and all(isinstance(x, int) and x >= 0 for x in parts["changed"])):
@@ -127,7 +124,7 @@ def judge(
             result = replace(result, problem=problem or IN_TIME)
         scores[step["probe"]] = result
         cell.outputs = [
-            new_output("display_data", {"text/html": report(result), "text/plain": str(result)}),
+            new_output("display_data", {"text/html": report(result), "text/plain": clean_text(str(result))}),
             new_output("execute_result", {"text/plain": repr(result.points)}),
         ]
     limit_pictures(notebook)
@@ -310,29 +307,3 @@ def preloaded(release: NotebookNode) -> list[str]:
     """The modules that a release's own cells import: a server imports them once for all submissions."""
     source = "\n".join(cell.source for cell in release.cells if cell.cell_type == "code" and grade_id(cell) == "setup")
     return sorted(set(re.findall(r"^(?:from|import) +([A-Za-z_][\w.]*)", source, re.MULTILINE)))
-
-
-def files_in(folder: Path) -> Iterator[Path]:
-    """The files below a folder, links to files among them: not without end, whatever a student makes of folders."""
-    waiting, seen = [folder] if folder.is_dir() and not folder.is_symlink() else [], 0
-    while waiting and seen < MOST_FILES:
-        for entry in entries(waiting.pop()):
-            seen += 1
-            if entry.is_dir(follow_symlinks=False):
-                waiting.append(Path(entry.path))
-            else:
-                yield Path(entry.path)
-
-
-def files_beside(folder: Path, notebook: str | None) -> dict[str, bytes]:
-    """A submission's other files, such as a module that its notebook imports: small ones, and no links."""
-    found, left = {}, LARGEST_ANSWER // 4
-    for path in sorted(files_in(folder)):
-        name = path.relative_to(folder).as_posix()
-        wanted = path.suffix != ".ipynb" and name not in (notebook, "timestamp.txt") and name.isprintable()
-        if not wanted or path.is_symlink() or len(found) >= 100:
-            continue
-        with suppress(Unreadable):
-            found[name] = read(path, left)
-            left -= len(found[name])
-    return found

@@ -10,11 +10,15 @@ import os
 import stat
 import zipfile
 import zlib
+from collections.abc import Iterator
+from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 
 LARGEST = 200_000_000  # bytes that are read of one submission
 MOST_FILES = 40  # that are looked at
+LARGEST_BESIDE = 5_000_000  # bytes of all other files
+MOST_BESIDE = 10_000  # of them that are looked at
 MOST_ENTRIES = 10_000  # of a folder
 NOT_WORK = {"timestamp.txt", "submission_secret.txt", "requirements.txt", "readme.txt"}
 ENDINGS = ("", ".json", ".txt", ".py", ".zip", ".gz", ".html", ".htm", ".bak", ".orig", ".tmp", ".part", ".download")
@@ -119,6 +123,32 @@ def read(path: Path, most: int) -> bytes:
     return data
 
 
+def files_in(folder: Path) -> Iterator[Path]:
+    """The files below a folder, links to files among them: not without end, whatever a student makes of folders."""
+    waiting, seen = [folder] if folder.is_dir() and not folder.is_symlink() else [], 0
+    while waiting and seen < MOST_BESIDE:
+        for entry in entries(waiting.pop()):
+            seen += 1
+            if entry.is_dir(follow_symlinks=False):
+                waiting.append(Path(entry.path))
+            else:
+                yield Path(entry.path)
+
+
+def files_beside(folder: Path, notebook: str | None) -> dict[str, bytes]:
+    """A submission's other files, such as a module that its notebook imports: small ones, and no links."""
+    found, left = {}, LARGEST_BESIDE
+    for path in sorted(files_in(folder)):
+        name = path.relative_to(folder).as_posix()
+        wanted = path.suffix != ".ipynb" and name not in (notebook, "timestamp.txt") and name.isprintable()
+        if not wanted or path.is_symlink() or len(found) >= 100:
+            continue
+        with suppress(Unreadable):
+            found[name] = read(path, left)
+            left -= len(found[name])
+    return found
+
+
 def look(folder: Path, assignment: str) -> Folder:
     """What a submission's folder holds, in the order in which it should be looked at."""
     try:
@@ -145,11 +175,15 @@ def look(folder: Path, assignment: str) -> Folder:
         left -= len(data)
         digest.update(len(data).to_bytes(8, "big") + hashlib.sha256(data).digest())
         files.append(File(name, data))
+    for name, data in files_beside(folder, None).items():
+        digest.update(os.fsencode(name) + b"\0" + hashlib.sha256(data).digest())
     problem = "" if files else not_there(folder, f"{assignment}.ipynb")
     return Folder(files, digest.hexdigest(), problem)
 
 
 def not_there(folder: Path, name: str) -> str:
+    if not os.access(folder, os.R_OK | os.X_OK):
+        return "Nothing was read: we may not look into the folder."
     try:
         mode = os.lstat(folder / name).st_mode
     except (OSError, ValueError):

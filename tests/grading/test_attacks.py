@@ -29,8 +29,9 @@ from cs336_alignment.grading.compare import difference
 from cs336_alignment.grading.exercise import exercises
 from cs336_alignment.grading.folders import read_report
 from cs336_alignment.grading.grade import SECRET, Batch, grade_assignment
-from cs336_alignment.grading.judge import course_secret, files_in, read_answers, report
+from cs336_alignment.grading.judge import course_secret, read_answers, report
 from cs336_alignment.grading.probe import encode_results
+from cs336_alignment.grading.rescue_files import files_in
 from cs336_alignment.grading.sandbox import GB, Limits, bubblewrap
 from cs336_alignment.grading.score import ask_all, case_seeds, score_of
 from cs336_alignment.paths import course_root

@@ -4,6 +4,8 @@ not graded again; what goes wrong with one submission is its own."""
 import importlib
 import os
 import shutil
+import subprocess
+import sys
 from pathlib import Path
 
 import nbformat
@@ -227,6 +229,76 @@ def test_results_are_said_while_other_workers_call_functions(course, capsys):
     batch = grade_assignment(course, ASSIGNMENT, jobs=2, force=True, unsafe=True)
     said = capsys.readouterr().out
     assert batch.graded and all(f"{result.student}: " in said for result in batch.graded)
+
+
+def test_a_time_that_is_gone_is_gone_from_the_gradebook_too(course):
+    """student00 was late."""
+    (course / "submitted" / "student00" / ASSIGNMENT / "timestamp.txt").unlink()
+    graded(course)
+    with book(course) as opened:
+        assert opened.find_submission(ASSIGNMENT, "student00").timestamp is None
+
+
+def test_a_time_that_cannot_be_read_is_a_finding(course):
+    report = read_report(course, ASSIGNMENT, "student01")
+    assert report["timestamp"] is None and "timestamp.txt" in " ".join(report["findings"])
+
+
+def with_function(name: str, source: str):
+    """Solutions, but one of them is another."""
+    notebook = solved()
+    next(
+        c for c in notebook.cells if c.metadata.get("nbgrader", {}).get("grade_id") == f"solution-{name}"
+    ).source = source
+    return notebook
+
+
+def test_an_error_message_that_is_no_text_costs_nothing_else(course):
+    hand_in(
+        course, "half", with_function("dpo_train_step", "def dpo_train_step(*a):\n    raise ValueError(chr(0xd800))")
+    )
+    batch, _ = graded(course)
+    assert batch.failed == {} and [g.points for g in batch.graded] == [AUTOMATIC - 10]
+
+
+def test_a_terminal_that_cannot_show_a_name_does_not_end_the_batch(tmp_path):
+    for student in ("김철수", "zoe"):
+        hand_in(tmp_path, student, release())
+    command = [sys.executable, "-m", "cs336_alignment", "grade", ASSIGNMENT, "--course", str(tmp_path), "--unsafe"]
+    done = subprocess.run(
+        command, env=os.environ | {"PYTHONIOENCODING": "latin-1"}, capture_output=True, cwd=course_root()
+    )
+    assert done.returncode == 0 and b"2 graded" in done.stdout
+
+
+SLOW_ONCE = """def log_partition(*arguments):
+    import time
+    if not hasattr(time, "slept"):
+        time.slept = True
+        time.sleep(3)
+"""
+
+
+def test_crashes_of_an_exercise_go_with_its_next_grading(course):
+    hand_in(course, "slow", with_function("log_partition", SLOW_ONCE))
+    graded(course, limits=sandbox.Limits(cell_seconds=1))
+    crashes = read_report(course, ASSIGNMENT, "slow")["crashes"]
+    assert [crash["cell"] for crash in crashes] == ["log_partition"]
+    graded(course, ["slow"], ["dpo_loss"])
+    assert read_report(course, ASSIGNMENT, "slow")["crashes"] == crashes
+    graded(course, ["slow"], ["log_partition"])
+    assert read_report(course, ASSIGNMENT, "slow")["crashes"] == []
+
+
+def test_the_digest_of_an_exercises_code_knows_shared_cases_and_references():
+    """kl_estimate takes its cases from a file that it shares, and its reference from the package."""
+    read = Path.read_bytes
+    names = []
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Path, "read_bytes", lambda path: names.append(path.name) or read(path))
+        code_digest.__wrapped__("kl_estimate")
+    assert {"kl_estimate.py", "_rollouts.py", "ppo.py", "compare.py", "score.py", "probe.py"} <= set(names)
+    assert "cli.py" not in names and "grade.py" not in names
 
 
 def test_a_student_who_is_not_there_is_named_with_the_nearest(course):

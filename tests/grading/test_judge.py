@@ -16,7 +16,6 @@ from cs336_alignment.grading.exercise import exercise, exercises, stripped_of
 from cs336_alignment.grading.judge import (
     PICTURES_KEPT,
     course_secret,
-    files_beside,
     judge,
     kept_outputs,
     limit_pictures,
@@ -24,6 +23,7 @@ from cs336_alignment.grading.judge import (
     read_answers,
     report,
 )
+from cs336_alignment.grading.rescue_files import files_beside
 from cs336_alignment.grading.sandbox import INTERRUPTED, Limits
 from cs336_alignment.grading.score import ask_all, case_seeds, score
 from cs336_alignment.paths import PACKAGE
