@@ -16,7 +16,8 @@ import pytest
 import torch
 from toys import EOS, PAD, ToyTokenizer
 
-from cs336_alignment import dpo, ppo, reward, sft, world_training
+from cs336_alignment import dpo, ppo, reward, sft, speed, world_training
+from cs336_alignment.decode import for_sampling
 from cs336_alignment.generate import Samples, response_log_probs, sample
 from cs336_alignment.models import (
     HFCausalLM,
@@ -44,6 +45,7 @@ PREFERENCES = [
     for a, b in zip(DEMONSTRATIONS, DEMONSTRATIONS[1:] + DEMONSTRATIONS[:1])
 ]
 PROMPTS = [[5, 6, 7], [4], [3, 2], [10, 11, 2, 2]]
+MODULES = (sft, reward, dpo, ppo, speed, world_training)  # that choose a precision by the device
 SHORT = {"steps": 2, "batch_size": 6, "warmup": 0, "decay": 0, "learning_rate": 1e-3}
 
 
@@ -60,7 +62,7 @@ def precision(request, monkeypatch) -> str:
     The loops choose bfloat16 by themselves on a GPU. Here it is set from outside, so that float32 can be had too.
     """
     assert not torch.backends.cuda.matmul.allow_tf32  # torch's default: products of float32 are float32
-    for module in (sft, reward, dpo, ppo, world_training):
+    for module in MODULES:
         monkeypatch.setattr(module, "autocast", lambda device: on_device(request.param))
     return request.param
 
@@ -75,7 +77,7 @@ def on_device(precision: str) -> contextlib.AbstractContextManager:
 def plain_float32():
     """For the side that is compared with: no loop computes in bfloat16."""
     with pytest.MonkeyPatch.context() as patch:
-        for module in (sft, reward, dpo, ppo, world_training):
+        for module in MODULES:
             patch.setattr(module, "autocast", lambda device: contextlib.nullcontext())
         yield
 
@@ -177,15 +179,17 @@ def test_losses_and_gradients_are_those_of_the_cpu(name, precision):
 
 
 @torch.no_grad()
-def test_a_sample_has_the_log_probs_that_teacher_forcing_gives(precision):
+@pytest.mark.parametrize("laid_out", [False, True], ids=["plain", "for_sampling"])
+def test_a_sample_has_the_log_probs_that_teacher_forcing_gives(precision, laid_out):
     """On the device itself, at both precisions; and greedy float32 responses are the CPU's, token for token."""
     model, request = llama(), dict(max_new_tokens=12, eos_token_id=EOS, pad_token_id=PAD)
     greedy = sample(model, PROMPTS, **request, temperature=0)
     model.to(DEVICE)
     with on_device(precision):
-        samples = sample(model, PROMPTS, **request, generator=torch.Generator(DEVICE).manual_seed(0))
+        sampler = for_sampling(model) if laid_out else model
+        samples = sample(sampler, PROMPTS, **request, generator=torch.Generator(DEVICE).manual_seed(0))
         again = response_log_probs(model, samples)
-        greedy_there = sample(model, PROMPTS, **request, temperature=0)
+        greedy_there = sample(sampler, PROMPTS, **request, temperature=0)
     assert samples.response_ids.device.type == torch.device(DEVICE).type
     assert samples.log_probs.dtype == again.dtype == torch.float32
     difference = (samples.log_probs - again)[samples.response_mask].abs()
@@ -224,16 +228,33 @@ TRAINERS = {
 }
 
 
-@pytest.mark.parametrize("name", TRAINERS)
-def test_a_step_of_every_trainer_is_the_cpus(name, precision):
-    """The logs, and the direction in which the weights moved. (Adam's first steps are signs: an entry whose gradient
+TRICKS = {
+    "SFT": [{"log_probs_fn": speed.response_only_log_probs}, {"part_tokens": 20}],
+    "reward": [{"scores_fn": speed.last_token_scores}, {"scores_fn": speed.shared_prompt_scores}],
+    "DPO": [{"log_probs_fn": speed.response_only_sequence_log_probs}, {"log_probs_fn": speed.shared_prompt_log_probs}],
+    "PPO": [{"log_probs_fn": speed.response_only_sample_log_probs, "values_fn": speed.response_only_values}],
+}
+FORMS = [(name, tricks) for name in TRAINERS for tricks in [{}, *TRICKS[name]]]
+
+
+def named(form) -> str | None:
+    name, tricks = form
+    return " ".join([name, *(getattr(x, "__name__", "parts") for x in tricks.values())])
+
+
+@pytest.mark.parametrize("form", FORMS, ids=named)
+def test_a_step_of_every_trainer_is_the_cpus(form, precision):
+    """The plain loop on the CPU; on the device the plain one and those with the tricks of `speed` (with lean norms).
+
+    The logs, and the direction in which the weights moved. (Adam's first steps are signs: an entry whose gradient
     is nearly 0 may go either way, so entry by entry the weights need not agree.)"""
+    name, tricks = form
     make, train = TRAINERS[name]
     start = make()
     expected_model, model = copy.deepcopy(start), copy.deepcopy(start).to(DEVICE)
     with plain_float32():
         expected = train(expected_model, progress=False)
-    log = train(model, progress=False)
+    log = train(speed.lean_norms(model) if tricks else model, progress=False, **tricks)
     exact = precision == "float32"
     for line, other in zip(log, expected, strict=True):
         assert line.keys() == other.keys()
@@ -243,6 +264,19 @@ def test_a_step_of_every_trainer_is_the_cpus(name, precision):
     before, there, here = (flat(m.parameters()) for m in (start, model, expected_model))
     assert (there - before).norm() > 0
     assert cosine(there - before, here - before) > (0.99 if exact else 0.8)
+
+
+def test_ppo_with_a_trusted_captured_sampler_takes_a_step(precision):
+    """The whole fast loop, with its own samples: the ratios of the first pass are one to rounding, so nothing clips."""
+    model, prompts = llama().to(DEVICE), [" ".join(f"w{i}" for i in prompt) for prompt in PROMPTS]
+    config = ppo.PPOConfig(
+        **SHORT | {"batch_size": 4}, epochs=1, minibatches=1, value_warmup=0, max_new_tokens=7, whiten_advantages=False
+    )
+    before = flat(model.parameters())
+    tricks = TRICKS["PPO"][0] | {"trust_sampler": True, "for_sampling": for_sampling}
+    log = ppo.train_ppo(model, TOKENIZER, prompts, words_used, config, progress=False, **tricks)
+    assert all(math.isfinite(x) for line in log for x in line.values()) and log[0]["clip_fraction"] == 0
+    assert (flat(model.parameters()) - before).norm() > 0
 
 
 def test_what_a_gpu_saved_a_cpu_reads(tmp_path, precision):

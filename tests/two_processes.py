@@ -32,6 +32,7 @@ PREFERENCES = [
     {"prompt": d["prompt"], "chosen": d["response"], "rejected": words(1 + (5 * i) % 11, 3 * i + 1)}
     for i, d in enumerate(DEMONSTRATIONS)
 ]
+MANY = 8 * PREFERENCES  # the reference scores them in two batches, one for each process
 
 
 def policy():
@@ -58,10 +59,10 @@ def reward(sharded: bool = False, **kwargs):
     return log, model
 
 
-def dpo(sharded: bool = False, **kwargs):
+def dpo(sharded: bool = False, preferences=PREFERENCES, **kwargs):
     config = DPOConfig(**SHORT, nll_coef=0.3, label_smoothing=0.1)
     model = shard_if(policy(), sharded)
-    return train_dpo(model, TOKENIZER, PREFERENCES, config, progress=False, **kwargs), model
+    return train_dpo(model, TOKENIZER, preferences, config, progress=False, **kwargs), model
 
 
 def shard_if(model, sharded: bool):
@@ -133,7 +134,7 @@ def everything(folder: Path) -> None:
             found[name, sharded] = outcome(job(sharded))
     found["accumulation"] = outcome(sft(accumulation=3))
     found["uneven"] = outcome(sft(batch_size=5))
-    found["reference"] = outcome(dpo(ref_model=policy()))
+    found["reference"] = [outcome(dpo(preferences=MANY)), outcome(dpo(preferences=MANY, ref_model=policy()))]
     for sharded in (False, True):
         found["fast SFT", sharded] = outcome(sft(sharded, log_probs_fn=speed.response_only_log_probs))
         found["fast DPO", sharded] = outcome(dpo(sharded, log_probs_fn=speed.shared_prompt_log_probs))
