@@ -1,6 +1,7 @@
 """The benchmark itself: same weights on both sides, a gate that closes, ratios pair by pair, the products counted."""
 
 import dataclasses
+import json
 import subprocess
 import sys
 import types
@@ -123,8 +124,8 @@ def test_ratios_are_taken_pair_by_pair_and_missed_bars_are_said(bench):
     ]  # fmt: skip
     task = {"rounds": rounds, "date": "2026-01-01", "code": "abc", "load": [0.0, 9.0]}
     runs = bench.table.runs_of(task)
-    assert bench.table.ratios(task, ("ours", "fast"), runs) == [1.0, 1.2, 1.0, 1.0]
-    assert bench.table.ratios(task, ("ours", "plain"), runs) == [1.0]
+    assert bench.table.ratios("sft", task, ("ours", "fast"), runs) == [1.0, 1.2, 1.0, 1.0]
+    assert bench.table.ratios("sft", task, ("ours", "plain"), runs) == [1.0]
     assert bench.table.floor_share(task) == [0.3, 0.6]
     machine = {"cpu": "a processor", "cores": 2, "system": "Linux"}
     text = bench.table.markdown(
@@ -132,7 +133,43 @@ def test_ratios_are_taken_pair_by_pair_and_missed_bars_are_said(bench):
     )
     assert "| SFT: CPU time, TRL tuned / ours fast | 1.2 | 1.00 | **missed** |" in text
     assert "| SFT: peak memory, TRL's / ours | 1 | 1.00 | met |" in text
-    assert "busy with other work" in text
+    assert "busy with other work during SFT:" in text
+
+
+def test_without_trl_or_behind_a_closed_gate_the_rest_is_still_told(bench):
+    """What was measured has its lines, and nothing is set against the plain loop in TRL's place."""
+    alone = {
+        "rounds": [[measured("ours", "fast", 50), measured("plain_hf", "plain", 80), measured("floor", "fast", 40)]],
+        "date": "2026-01-01", "load": [0.0, 1.0],
+    }  # fmt: skip
+    closed = {
+        "losses": [1.0], "trl_losses": [2.0], "largest_loss_difference": 1.0, "movement_difference": 1.0,
+        "largest_parameter_difference": 1.0, "passed": False,
+    }  # fmt: skip
+    results = {
+        "tasks": {"sft": alone, "dpo": {"gate": {"fast": closed}}},
+        "machine": {"cpu": "a processor", "cores": 2, "system": "Linux"},
+        "setting": dataclasses.asdict(bench.small),
+    }
+    text = bench.table.markdown(results)
+    assert "SFT not noted" in text and "SFT: share of the matmul floor | 0.7 | 0.80 | met" in text
+    assert "TRL tuned / ours" not in text and "DPO, ours fast | 1.0e+00" in text and "**failed**: not timed" in text
+    on_gpu = dataclasses.asdict(dataclasses.replace(bench.small, device="cuda"))
+    assert "times as fast (wall)" in bench.table.markdown(results | {"setting": on_gpu})
+
+
+def test_a_closed_gate_is_written_down(bench, monkeypatch, tmp_path):
+    import run
+
+    monkeypatch.setattr(run, "parity", lambda *_: {"fast": {"passed": False}})
+    monkeypatch.setattr(run.Bench, "python", lambda *_: Path(sys.executable))
+    monkeypatch.setattr(run.table, "markdown", lambda results: "")
+    monkeypatch.setattr(run, "ROOT", tmp_path)
+    monkeypatch.setattr(sys, "argv", ["run.py", "--only", "sft", "--out", str(tmp_path / "results")])
+    run.main()
+    results = json.loads((tmp_path / "results.json").read_text())
+    assert results["tasks"] == {"sft": {"gate": {"fast": {"passed": False}}}}
+    assert {"profile", "setting", "machine"} < results.keys()
 
 
 def test_without_a_network_the_message_says_what_is_missing(bench, monkeypatch, tmp_path, capsys):

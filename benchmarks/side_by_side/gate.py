@@ -5,6 +5,10 @@ Same weights, same batches. The losses of the first two steps (PPO: of the four 
 small beside the movement. (Adam divides each gradient by its own size, so where a gradient is nearly 0 its rounding
 error is a step of full length; that is what is left.) On a GPU both sides compute in bfloat16, with three digits, and
 the tolerances are as much larger; the comparison in float32 is the one on a CPU.
+
+What it does not watch: PPO's value model (tests/test_ppo_update.py holds it to TRL's), sampling, since two samplers
+draw different tokens from one seed (tests/test_decode.py holds ours to the plain model), and the lines beside the two
+that are compared: TRL at its defaults or packing, and the plain loop.
 """
 
 from pathlib import Path

@@ -2,11 +2,12 @@
 
 Every loop draws its batch once a step; that is where the clock ticks, so the loops are measured as they are.
 `variant` is "plain" (the loop with its defaults, as the lectures read it), "fast" (the same loop with the tricks of
-`cs336_alignment.speed` as arguments) or "unshared" (fast, but without sharing the prompt of a pair).
+`cs336_alignment.speed` as arguments, on a CPU with its `lean_norms` too; PPO also with `decode.for_sampling` and
+`trust_sampler`) or "unshared" (fast, but without sharing the prompt of a pair).
 """
 
 import torch
-from setting import Clock, Setting, WordTokenizer, pairs, ragged, score_weights, text, weights
+from setting import Clock, Setting, WordTokenizer, autocast, pairs, ragged, score_weights, text, weights
 
 from cs336_alignment import decode, dpo, generate, ppo, reward, sft, speed
 from cs336_alignment.models import Llama, ModelConfig, RewardModel, ValueModel
@@ -21,7 +22,8 @@ def llama(setting: Setting, seed: int, variant: str = "plain") -> Llama:
     state = weights(setting, seed)
     state["lm_head.weight"] = state["model.embed_tokens.weight"]
     model.load_state_dict(state)
-    model = model if variant == "plain" else speed.lean_norms(model)
+    if variant != "plain" and setting.device == "cpu":  # on a GPU torch's own norm is one kernel
+        speed.lean_norms(model)
     return model.to(setting.device)
 
 
@@ -188,15 +190,18 @@ def run_ppo(setting: Setting, variant: str, steps: int, clock: Clock, replay: di
 
 def run_sampler(setting: Setting, variant: str, steps: int, clock: Clock) -> list[float]:
     model = llama(setting, 1).eval()
-    model = decode.for_sampling(model) if variant == "fast" else model  # once: the weights stay
+    with autocast(setting):
+        model = decode.for_sampling(model) if variant == "fast" else model  # once: the weights stay
     generator = torch.Generator(setting.device).manual_seed(0)
     prompts = [p["prompt"] for p in pairs(setting, setting.batch_size)]
     clock.watched = model
     clock.start()
     for _ in range(steps):
         clock.mark()
-        generate.sample(
-            model, prompts, max_new_tokens=setting.new_tokens, eos_token_id=NEVER, pad_token_id=0, generator=generator
-        )
+        with autocast(setting):
+            generate.sample(
+                model, prompts, max_new_tokens=setting.new_tokens, eos_token_id=NEVER, pad_token_id=0,
+                generator=generator,
+            )  # fmt: skip
     clock.mark()
     return []

@@ -5,7 +5,7 @@ Beside TRL, because part of TRL's time is its trainer's and not the model's. Sam
 
 import torch
 import torch.nn.functional as F
-from setting import EOS, PAD, Clock, Setting, pairs, score_weights, weights
+from setting import EOS, PAD, Clock, Setting, autocast, pairs, score_weights, weights
 from transformers import LlamaConfig, LlamaForCausalLM, LlamaForSequenceClassification
 
 
@@ -49,7 +49,8 @@ def train(model, setting: Setting, steps: int, clock: Clock, sides: tuple[str, .
     losses = []
     for ids in batches(setting, steps, sides):
         clock.mark()
-        loss = loss_fn(model, ids)
+        with autocast(setting):
+            loss = loss_fn(model, ids)
         loss.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
@@ -96,9 +97,10 @@ def run_sampler(setting: Setting, variant: str, steps: int, clock: Clock):
     clock.start()
     for _ in range(steps):
         clock.mark()
-        model.generate(
-            ids, attention_mask=torch.ones_like(ids), do_sample=True, top_k=0, top_p=1.0, temperature=1.0,
-            max_new_tokens=setting.new_tokens, pad_token_id=PAD, **extra,
-        )  # fmt: skip
+        with autocast(setting):
+            model.generate(
+                ids, attention_mask=torch.ones_like(ids), do_sample=True, top_k=0, top_p=1.0, temperature=1.0,
+                max_new_tokens=setting.new_tokens, pad_token_id=PAD, **extra,
+            )  # fmt: skip
     clock.mark()
     return []

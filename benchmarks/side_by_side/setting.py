@@ -4,6 +4,7 @@ Everything is a function of a seed, so that separate processes in separate envir
 file needs torch alone: it is imported where TRL is and the course's other packages are not.
 """
 
+import contextlib
 import math
 import os
 import random
@@ -61,6 +62,16 @@ PROFILES = {
         num_attention_heads=12, prompt_tokens=128, response_tokens=128, steps=20, warmup=5,
     ),
 }  # fmt: skip
+
+
+def autocast(setting: Setting) -> contextlib.AbstractContextManager:
+    """The precision in which everyone computes: float32 on a CPU, bfloat16 products on a GPU.
+
+    Without torch's cache of cast weights, which would outlive an optimizer step taken inside.
+    """
+    if setting.device == "cpu":
+        return contextlib.nullcontext()
+    return torch.autocast("cuda", torch.bfloat16, cache_enabled=False)
 
 
 def weights(setting: Setting, seed: int) -> dict[str, Tensor]:
@@ -140,7 +151,10 @@ class WordTokenizer:
 
 
 class Clock:
-    """CPU seconds, wall seconds and memory of this process, noted where one step ends and the next begins."""
+    """CPU seconds, wall seconds and memory of this process, noted where one step ends and the next begins.
+
+    With a GPU, memory is what torch has allocated there, and time is by the wall.
+    """
 
     def __init__(self, setting: Setting, keep_first: bool = False):
         self.keep_first = keep_first
@@ -157,6 +171,7 @@ class Clock:
         self.before = memory_now()
         if self.setting.device == "cuda":
             torch.cuda.reset_peak_memory_stats()
+            self.before = torch.cuda.memory_allocated() / 2**20
 
     def each(self, function):
         """The function, which tells the clock each time that it is called: our loops draw a batch once a step."""
@@ -194,19 +209,18 @@ class Clock:
         """Milliseconds a step over the measured steps."""
         first, last = self.marks[self.setting.warmup], self.marks[-1]
         steps = len(self.marks) - 1 - self.setting.warmup
-        peak = memory_peak()
-        if self.setting.device == "cuda":
-            grown = torch.cuda.max_memory_allocated() / 2**20
-        else:
-            grown = peak - self.before
+        peak, on_cpu = memory_peak(), self.setting.device == "cpu"
+        if not on_cpu:
+            peak = torch.cuda.max_memory_allocated() / 2**20
+        rate = "tokens_per_cpu_s" if on_cpu else "tokens_per_wall_s"
         return {
             "cpu_ms": 1000 * (last[0] - first[0]) / steps + self.extra[0],
             "wall_ms": 1000 * (last[1] - first[1]) / steps + self.extra[1],
             "steps": steps,
             "gflop": self.gflop,
-            "tokens_per_cpu_s": self.tokens / (last[0] - first[0]),
+            rate: self.tokens / (last[0] - first[0] if on_cpu else last[1] - first[1]),
             "peak_mb": peak,
-            "training_mb": grown,
+            "training_mb": peak - self.before,
         }
 
 

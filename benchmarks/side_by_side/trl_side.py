@@ -2,9 +2,13 @@
 
 Two variants. "tuned": float32, no autocast, no gradient checkpointing, no logging, no checkpoints, the fused
 optimizer: the fastest that we found for the same work. "defaults": TRL as it comes (bfloat16 autocast and gradient
-checkpointing, also on a CPU), only with the same batches and learning rate.
+checkpointing, also on a CPU), only with the same batches and learning rate. The PPO of TRL 1.12 takes no notice of
+either: its loop makes an Accelerator of its own, without their settings, and is float32 without checkpointing in both.
+
+On a GPU "tuned" computes in bfloat16 autocast, as ours does; PPO is put into it from outside.
 """
 
+import contextlib
 import os
 import sys
 import tempfile
@@ -14,7 +18,7 @@ os.environ["TQDM_DISABLE"] = "1"  # before datasets is imported
 import transformers
 from datasets import Dataset, disable_progress_bars
 from plain_hf import llama
-from setting import EOS, PAD, Clock, Setting, pairs, ragged, text
+from setting import EOS, PAD, Clock, Setting, autocast, pairs, ragged, text
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast, TrainerCallback
 
@@ -151,12 +155,17 @@ def run_dpo(setting: Setting, variant: str, rows: list[int], clock: Clock) -> li
 
 
 def run_ragged(setting: Setting, variant: str, rows: list[int], clock: Clock) -> list[float]:
-    """SFT on ragged rows: batches padded to their longest row, or ("packed") TRL's packing into rows of the cap."""
+    """SFT on ragged rows: batches padded to their longest row, or ("packed") TRL's packing into rows of the cap.
+
+    The packed rows go one at a time and their gradients are accumulated: TRL would lay those of a batch end to end, and
+    without flash attention that one long row costs a dense square of attention scores.
+    """
     from trl import SFTConfig, SFTTrainer
 
     records = ragged(setting, len(rows))
     records = [{"prompt": text(r["prompt"]), "completion": " " + text(r["chosen"])} for r in (records[i] for i in rows)]
-    packed = {"packing": True, "max_length": setting.ragged_cap, "per_device_train_batch_size": setting.packed_rows}
+    packed = {"packing": True, "max_length": setting.ragged_cap, "per_device_train_batch_size": 1}
+    packed["gradient_accumulation_steps"] = setting.packed_rows
     with tempfile.TemporaryDirectory() as folder:
         trainer = SFTTrainer(
             llama(setting, 1),
@@ -221,6 +230,7 @@ def run_ppo(setting: Setting, variant: str, rows: list[int], clock: Clock) -> li
             trainer.add_callback(Look())
         clock.start()
         clock.mark()
-        trainer.train()
+        with autocast(setting) if variant == "tuned" else contextlib.nullcontext():
+            trainer.train()
     clock.replay = {name: seen[name] for name in ("queries", "responses", "logprobs")} if seen else None
     return seen.get("losses", [])
