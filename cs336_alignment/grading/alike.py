@@ -25,10 +25,11 @@ from pathlib import Path
 import numpy as np
 
 from cs336_alignment.grading.records import Class, grade_id, notebook_of, read_cells, read_class
+from cs336_alignment.paths import in_course
 
 LONGEST = 30_000  # characters of a part that are looked at
 SMALLEST_CLASS = 20  # weights are those of a class of at least so many: in a class of two everything shared is common
-MOST = 50  # pairs that are reported
+MOST = 50  # pairs that are reported, of one view and of all
 TOKEN = re.compile(
     r"(?P<comment>\#[^\n]*)"
     r"|(?P<string>[rbfuRBFU]{0,2}(?:\"\"\"(?:[^\\]|\\.)*?\"\"\"|'''(?:[^\\]|\\.)*?'''"
@@ -222,7 +223,7 @@ def alike_of(found: Class, notebooks: dict[str, list[dict]]) -> list[Pair]:
     notebooks: their cells, by student.
     """
     names = {cell.name: cell.written for cell in found.cells}
-    release = read_cells(found.root / "assignments" / found.assignment / f"{found.assignment}.ipynb")
+    release = read_cells(in_course(found.root, "assignments", found.assignment, f"{found.assignment}.ipynb"))
     given = {f"{i}": cell["source"] for i, cell in enumerate(release)}  # questions too: answers quote them
     code = {student: code_parts(cells, given) for student, cells in notebooks.items()}
     answers = {
@@ -239,7 +240,7 @@ def alike_of(found: Class, notebooks: dict[str, list[dict]]) -> list[Pair]:
         best = found.setdefault((pair.left, pair.right), pair)
         if best is not pair:
             found[pair.left, pair.right] = replace(best, view=f"{best.view}, {pair.view}")
-    return list(found.values())
+    return list(found.values())[:MOST]
 
 
 def code_parts(cells: list[dict], given: dict[str, str]) -> dict[str, str]:

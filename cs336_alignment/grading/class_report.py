@@ -22,6 +22,7 @@ from cs336_alignment.grading.feedback import STUB, duration, page_name, template
 from cs336_alignment.grading.markup import plain
 from cs336_alignment.grading.records import Cell, Class, Record, grade_id, judged, notebook_of, read_cells, read_class
 from cs336_alignment.grading.results import graded_folder, write_atomically
+from cs336_alignment.paths import in_course
 
 LONGEST_LIST = 40  # lines of a table that names students or cases
 SLOW = 10
@@ -85,7 +86,7 @@ def html(found: Class, verdicts: dict[str, dict], notebooks: dict[str, list[dict
             cases=dearest_cases(verdicts),
             hints=known_mistakes(verdicts),
             odd=[(r, [plain(str(x)) for x in report["findings"]]) for r, report in reports if report.get("findings")],
-            crashed=[(r, report["crashes"]) for r, report in reports if report.get("crashes")],
+            crashed=[(r, list(map(crash, report["crashes"]))) for r, report in reports if report.get("crashes")],
             slow=sorted(
                 ((float(p.get("seconds") or 0), r) for r, p in reports if p.get("seconds")), key=lambda x: -x[0]
             )[:SLOW],
@@ -100,6 +101,11 @@ def html(found: Class, verdicts: dict[str, dict], notebooks: dict[str, list[dict
             longest=LONGEST_LIST,
         )
     )
+
+
+def crash(found: dict) -> tuple[str, str]:
+    """Which cell, and why. A cell of the student's own is named by its first line."""
+    return plain(str(found.get("cell", "?"))), plain(str(found.get("why", "")))
 
 
 # ------------------------------------------------------------------------------------------- counting
@@ -119,11 +125,13 @@ def exercise_row(cell: Cell, records: list[Record]) -> Row:
 
 
 def dearest_cases(verdicts: dict[str, dict]) -> list[Loss]:
-    """The cases that cost the class most. Who has no function loses all cases, and is not counted: see the table."""
+    """The cases that cost the class most. Who has no case right is not counted: mostly there is no function, and what
+    is wrong is no single case. The table and the known mistakes have them."""
     lost: dict[tuple, list[float]] = defaultdict(list)
     for exercises in verdicts.values():
         for name, verdict in exercises.items():
-            for case in verdict.get("cases") or [] if not verdict.get("problem") else []:
+            cases = verdict.get("cases") or []
+            for case in cases if any(case.get("right") for case in cases) else []:
                 if not case.get("right"):
                     key = name, str(case.get("name")), not case.get("visible")
                     lost[key].append(float(case.get("of") or 0) - float(case.get("points") or 0))
@@ -147,7 +155,7 @@ def known_mistakes(verdicts: dict[str, dict]) -> list[Loss]:
 
 def without_work(cells: list[dict], found: Class) -> bool:
     """Whether every function and answer is as released, or there is nothing at all."""
-    release = read_cells(found.root / "assignments" / found.assignment / f"{found.assignment}.ipynb")
+    release = read_cells(in_course(found.root, "assignments", found.assignment, f"{found.assignment}.ipynb"))
     given = {grade_id(cell): cell["source"].strip() for cell in release if grade_id(cell)}
     written = {cell.name for cell in found.cells if cell.written}
     for cell in cells:

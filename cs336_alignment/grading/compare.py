@@ -15,10 +15,15 @@ from cs336_alignment.grading.probe import Other
 
 @dataclass(frozen=True)
 class Difference:
-    """What is different, as half a sentence about the student's function."""
+    """What is different, as half a sentence about the student's function.
+
+    Of a hidden case a student reads `without_numbers` alone. It holds no expected number, and nothing that the
+    function chose freely either: a number, a size, a text or a type's name can carry the inputs that it was given.
+    Errors are the exception here, for the instructor's eyes; feedback.py says what of them is on a page.
+    """
 
     text: str
-    discreet: str = ""  # the same without the expected number, for cases that stay hidden
+    discreet: str = ""  # where the text holds such things: the same without them
 
     @property
     def without_numbers(self) -> str:
@@ -69,7 +74,8 @@ def value_difference(got, wanted, rtol: float, atol: float, what: str) -> Differ
     """As `difference`, for a value: tensors, numbers, text, None, lists and dictionaries of them."""
     if isinstance(wanted, dict):
         if not isinstance(got, dict):
-            return Difference(f"{what} is {kind(got)}; it should be a dictionary with {', '.join(map(repr, wanted))}")
+            should = f"it should be a dictionary with {', '.join(map(repr, wanted))}"
+            return Difference(f"{what} is {kind(got)}; {should}", f"{what} is {bare_kind(got)}; {should}")
         missing = [key for key in wanted if key not in got]
         if missing:
             return Difference(f"{what} has no {', '.join(map(repr, missing))}")
@@ -78,7 +84,9 @@ def value_difference(got, wanted, rtol: float, atol: float, what: str) -> Differ
     if isinstance(wanted, list | tuple):
         if not isinstance(got, list | tuple) or len(got) != len(wanted):
             size = f" of {len(got)}" if isinstance(got, list | tuple) else ""
-            return Difference(f"{what} is {kind(got)}{size}; it should be {len(wanted)} values")
+            bare = "of another length" if size else bare_kind(got)
+            should = f"it should be {len(wanted)} values"
+            return Difference(f"{what} is {kind(got)}{size}; {should}", f"{what} is {bare}; {should}")
         parts = (value_difference(a, b, rtol, atol, f"{what}[{i}]") for i, (a, b) in enumerate(zip(got, wanted)))
         return next(filter(None, parts), None)
     if isinstance(wanted, str | bool | None):
@@ -93,17 +101,22 @@ def value_difference(got, wanted, rtol: float, atol: float, what: str) -> Differ
 def tensor_difference(got, wanted, rtol: float, atol: float, what: str) -> Difference | None:
     """Numbers count as tensors without dimensions; float types are not compared, only what they hold."""
     if not isinstance(got, Tensor | float | int) or isinstance(got, bool):
-        return Difference(
-            f"{what} is {kind(got)}; it should be {'a tensor' if isinstance(wanted, Tensor) else 'a number'}"
-        )
+        should = f"it should be {'a tensor' if isinstance(wanted, Tensor) else 'a number'}"
+        return Difference(f"{what} is {kind(got)}; {should}", f"{what} is {bare_kind(got)}; {should}")
     if isinstance(got, int) and abs(got) >= 2**63:  # no tensor holds it
-        return Difference(f"{what} is an integer of {got.bit_length()} bits")
+        return Difference(f"{what} is an integer of {got.bit_length()} bits", f"{what} is a far too large integer")
     exact = isinstance(wanted, Tensor) and not wanted.is_floating_point()
     got, wanted = torch.as_tensor(got), torch.as_tensor(wanted)
     if got.shape != wanted.shape:
-        return Difference(f"{what} has shape {tuple(got.shape)}; it should have {tuple(wanted.shape)}")
+        dimensions = f"{wanted.dim() or 'no'} dimension{'s' * (wanted.dim() != 1)}"
+        bare = f"has {dimensions}, as it should, but other sizes"
+        if got.dim() != wanted.dim():
+            bare = f"should have {dimensions}; it has another number of them"
+        text = f"{what} has shape {tuple(got.shape)}; it should have {tuple(wanted.shape)}"
+        return Difference(text, f"{what} {bare}")
     if exact and (got.dtype == torch.bool) != (wanted.dtype == torch.bool):
-        return Difference(f"{what} has type {str(got.dtype)[6:]}; it should be {str(wanted.dtype)[6:]}")
+        should = f"it should be {str(wanted.dtype)[6:]}"
+        return Difference(f"{what} has type {str(got.dtype)[6:]}; {should}", f"{what} has another type; {should}")
     got, wanted = got.double(), wanted.double()
     close = torch.isclose(got, wanted, rtol, atol, equal_nan=True)
     if close.all():
@@ -142,6 +155,13 @@ def kind(value) -> str:
         str: f"the text {value!r:.60}",
     }
     return names.get(type(value), f"{value!r:.60}")
+
+
+def bare_kind(value) -> str:
+    """The same without anything that the function chose: no size, no number, no words."""
+    known = {Tensor: "a tensor", dict: "a dictionary", list: "a list", tuple: "a tuple", str: "a text"}
+    known |= {int: "a number", float: "a number", bool: "True or False", type(None): "None"}
+    return known.get(type(value), "of another type")
 
 
 def find_mistake(

@@ -2,8 +2,12 @@
 
 It says what each exercise earned and why, with the student's own code, written answers and the grader's comments.
 Hidden cases are there by name, with their points and with what was asked for, without an input or an expected number.
-A student's function has seen the hidden inputs, and everything that runs after it may have: so what a cell printed
-is taken from the notebook as submitted, and of errors raised when graded only known words are shown.
+A student's function has seen the hidden inputs, and everything that runs after it may have, so what it says could be
+those inputs. What a cell printed is taken from the notebook as submitted. Of an error raised when graded the page has
+its kind, the student's own line, and the message only if it is one of Python's or torch's commonest, with names from
+that line and without numbers.
+Of a wrong value of a hidden case it has what `compare.Difference.without_numbers` says. A visible case shows the number
+that came out, as `check` does: a function that kept a hidden input can return it there, one number a case.
 """
 
 import builtins
@@ -17,6 +21,7 @@ from urllib.parse import quote
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from markupsafe import Markup
 
+from cs336_alignment.grading.editions import NOT_HERE
 from cs336_alignment.grading.markup import code, code_style, cut, formula, plain, rich_text, sentence
 from cs336_alignment.grading.records import (
     Cell,
@@ -24,37 +29,112 @@ from cs336_alignment.grading.records import (
     Mark,
     Record,
     as_text,
+    dictionaries,
+    exercises_of,
     grade_id,
     judged,
     notebook_of,
     read_cells,
     read_class,
 )
+from cs336_alignment.grading.rescue_files import shown
 from cs336_alignment.grading.results import findings, graded_folder, write_atomically
+from cs336_alignment.grading.sandbox import INTERRUPTED
 
 TEMPLATES = Path(__file__).parent / "templates"
 PRINTED = 1_200, 15  # characters and lines of what a cell printed
-MESSAGE = 200  # characters of an error
 STUB = "*Your answer here.*"  # what a written answer is in the release
 STUB_CODE = 'raise NotImplementedError("your code here")'  # and a function
-# The words of the errors that Python and torch raise. Others are shown only if they stand in the student's own code.
-ERROR_WORDS = frozenset(
-    """
-    a all allocate an and arange are arg argument arguments at attribute b backward be because block boolean
-    broadcast but by call called can cannot cell character class const constant convert could cpu created cuda
-    def define defined definition device dict dictionary dim dimension dimensions division does dtype element
-    elements else error expected expression f file first float for forgot found from function get given grad
-    graph greater grad_fn has have if implicitly import in indented index indexing input int integer invalid is
-    iterable item key keyword lambda len less line list literal local mat1 mat2 match maximum method missing
-    module more multiplied multiple must name negative never no non non-singleton none NoneType not object of on
-    one only operand operands operator or out outputs outside parameter perhaps positional raise raised range
-    require required requires return returned same scalar second self sequence set shape shapes should shown
-    singleton size sizes statement step str string subscriptable supported syntax take takes tensor tensors than
-    that the this through time to too tuple type types unbound unexpected unindent unmatched unpack unsupported
-    unterminated use used using value values variable was were when where which with within you zero Bool
-    BoolTensor Byte Double Float Half Int Long Tensor The Expected Did you mean maybe meant it message
-    """.split()
-) | {name for name in dir(builtins) if name.endswith("Error")}
+# To choose among many is to spell: of code with more, no line and no name is shown. Ours have 250 in a notebook, 60.
+MOST_LINES, MOST_NAMES = 2_000, 200  # of a notebook, of a cell
+ERRORS = frozenset(
+    {name for name, kind in vars(builtins).items() if isinstance(kind, type) and issubclass(kind, BaseException)}
+    | {"DeadKernelError", "JSONDecodeError", "LinAlgError", "OutOfMemoryError", "UnsupportedOperation"}
+)
+TYPES = frozenset("bool dict float function generator int list method NoneType set str Tensor tuple type".split())
+# Messages that may be on a page, with … for what differs: numbers stay away, a name is shown if the notebook has it.
+MESSAGES = frozenset(
+    f"""
+    {INTERRUPTED}
+    your code here
+    … is what this assignment asks you to write; {NOT_HERE}
+    This cell got no further: the kernel died
+    This cell got no further: it ran longer than … seconds and could not be interrupted
+    This cell got no further: it took more than … GB of memory
+    This cell got no further: it printed more than … MB
+    This cell got no further: the time for the whole notebook was up
+    name '…' is not defined
+    cannot access local variable '…' where it is not associated with a value
+    No module named '…'
+    '…'
+    '…' object is not callable
+    '…' object is not iterable
+    '…' object is not subscriptable
+    '…' object does not support item assignment
+    '…' object has no attribute '…'
+    type object '…' has no attribute '…'
+    module '…' has no attribute '…'
+    object of type '…' has no len()
+    cannot unpack non-iterable … object
+    …() missing … required positional argument: '…'
+    …() missing … required positional arguments: '…' and '…'
+    …() got an unexpected keyword argument '…'
+    …() takes … positional argument but … were given
+    …() takes … positional arguments but … were given
+    unsupported operand type(s) for +: '…' and '…'
+    unsupported operand type(s) for -: '…' and '…'
+    unsupported operand type(s) for *: '…' and '…'
+    unsupported operand type(s) for /: '…' and '…'
+    too many values to unpack (expected …)
+    not enough values to unpack (expected …, got …)
+    list index out of range
+    tuple index out of range
+    list indices must be integers or slices, not …
+    string index out of range
+    division by zero
+    math domain error
+    math range error
+    maximum recursion depth exceeded
+    invalid syntax
+    invalid syntax. Perhaps you forgot a comma?
+    unexpected indent
+    unindent does not match any outer indentation level
+    expected ':'
+    '(' was never closed
+    '[' was never closed
+    '{{' was never closed
+    unmatched ')'
+    unterminated string literal (detected at line …)
+    expected an indented block after function definition on line …
+    '…' outside function
+    The size of tensor a (…) must match the size of tensor b (…) at non-singleton dimension …
+    mat1 and mat2 shapes cannot be multiplied (…x… and …x…)
+    mat1 and mat2 must have the same dtype, but got Float and Double
+    expected m1 and m2 to have the same dtype, but got: float != double
+    expected m1 and m2 to have the same dtype, but got: double != float
+    shape '[…]' is invalid for input of size …
+    index … is out of bounds for dimension … with size …
+    Dimension out of range (expected to be in range of […], but got …)
+    index out of range in self
+    too many indices for tensor of dimension …
+    Index tensor must have the same number of dimensions as input tensor
+    Sizes of tensors must match except in dimension …. Expected size … but got size … for tensor number … in the list
+    stack expects each tensor to be equal size, but got […] at entry … and […] at entry …
+    expected Tensor as element … in argument …, but got …
+    …(): Expected dtype int64 for index
+    …(): Expected dtype int32/int64 for index
+    a Tensor with … elements cannot be converted to Scalar
+    only one element tensors can be converted to Python scalars
+    Boolean value of Tensor with more than one value is ambiguous
+    element … of tensors does not require grad and does not have a grad_fn
+    grad can be implicitly created only for scalar outputs
+    a leaf Variable that requires grad is being used in an in-place operation
+    Can't call numpy() on Tensor that requires grad. Use tensor.detach().numpy() instead
+    zero-dimensional tensor (at position …) cannot be concatenated
+    """.replace("\n    ", "\n")
+    .strip()
+    .split("\n")
+)
 
 
 @dataclass
@@ -87,29 +167,33 @@ class Section:
         return "full" if score >= self.cell.of else "none" if score <= 0 else "part"
 
 
-def write_feedback(root: Path, assignment: str, students: list[str] | None = None) -> list[Path]:
-    """Writes the students' pages, of all who submitted or of some; returns their paths.
+def write_feedback(root: Path, assignment: str) -> list[Path]:
+    """Writes the pages of all who submitted; returns their paths.
 
     A page whose contents would be the same stays as it is. Raises: ValueError where nothing has been graded.
     """
-    return write_feedback_of(read_class(root, assignment), students)
+    return write_feedback_of(read_class(root, assignment))
 
 
-def write_feedback_of(found: Class, students: list[str] | None = None) -> list[Path]:
+def write_feedback_of(found: Class, notes: list[str] | None = None) -> list[Path]:
+    """The same; a page that cannot be made costs no other: a sentence on it is added to the notes."""
     folder = graded_folder(found.root, found.assignment) / "feedback"
-    records = [r for r in found.submitted() if students is None or r.student in students]
     pages = []
-    for record in records:
+    for record in found.submitted():
         path = folder / page_name(record.student)
-        state = digest(found, record)
-        if state not in beginning(path):
-            write_atomically(path, page(found, record, state))
+        try:
+            state = digest(found, record)
+            if state not in beginning(path):
+                write_atomically(path, page(found, record, state))
+        except Exception as error:  # whatever a student made of a notebook
+            if notes is not None:
+                notes.append(f"no feedback page for {shown(record.student)}: {type(error).__name__}: {error!s:.200}")
+            continue
         pages.append(path)
-    if students is None:  # of students who are no longer there
-        kept = {path.name for path in pages}
-        for path in folder.glob("*.html") if folder.is_dir() else []:
-            if path.name not in kept:
-                path.unlink()
+    kept = {path.name for path in pages}
+    for path in folder.glob("*.html") if folder.is_dir() else []:
+        if path.name not in kept:  # of a student who is no longer there, or of another grade
+            path.unlink()
     return pages
 
 
@@ -133,19 +217,27 @@ def beginning(path: Path) -> str:
 
 def digest(found: Class, record: Record) -> str:
     """Changes when anything changes from which a page is made, the code that makes it included."""
-    state = hashlib.sha256(json.dumps([repr(record), repr(found.cells), str(found.due)]).encode())
-    name = f"{found.assignment}.ipynb"
-    files = [Path(__file__), Path(__file__).with_name("markup.py"), TEMPLATES / "feedback.html"]
-    folders = found.autograded(record.student), found.root / "submitted" / record.student / found.assignment
-    for path in [*files, *(folder / name for folder in folders)]:
+    cases = [e.cases for e in exercises_of(found.assignment).values()] if "exercises" not in record.report else []
+    told = [[(c.name, c.points, c.visible, c.expects) for c in of] for of in cases]  # see records.from_text
+    state = hashlib.sha256(json.dumps([repr(record), repr(found.cells), str(found.due), told]).encode())
+    made_by = [Path(__file__).with_name(f"{name}.py") for name in ("feedback", "markup", "records", "results")]
+    made_by += [TEMPLATES / "feedback.html", TEMPLATES / "style.css"]
+    graded = found.autograded(record.student) / f"{found.assignment}.ipynb"
+    for path in [*made_by, graded, submitted_file(found, record)]:
         state.update(hashlib.sha256(path.read_bytes()).digest() if path.is_file() else b"-")
     return state.hexdigest()
+
+
+def submitted_file(found: Class, record: Record) -> Path:
+    """The file that was graded: it may have come under another name."""
+    folder = found.root / "submitted" / record.student / found.assignment
+    return folder / str(record.report.get("file") or f"{found.assignment}.ipynb")
 
 
 def page(found: Class, record: Record, state: str = "") -> str:
     """A student's page as HTML."""
     cells = notebook_of(found, record.student)
-    own = read_cells(found.root / "submitted" / record.student / found.assignment / f"{found.assignment}.ipynb")
+    own = read_cells(submitted_file(found, record))
     verdicts = judged(record, cells, found.assignment)
     sections = [
         written_section(cell, record, cells) if cell.written else exercise_section(cell, record, cells, own, verdicts)
@@ -203,17 +295,17 @@ def exercise_section(cell: Cell, record: Record, cells: list[dict], own: list[di
     solution = f"solution-{cell.name}"
     graded = next((c for c in cells if grade_id(c) == solution), {})
     submitted = next((c for c in own if grade_id(c) == solution), {})
-    words = vocabulary(cells)
+    lines = lines_of(cells)
     verdict = verdicts.get(cell.name) or {}
     return Section(
         cell,
         record.marks.get(cell.name, Mark()),
         hint=sentence(str(verdict["hint"])) if verdict.get("hint") else None,
-        problem=discreet_problem(str(verdict.get("problem") or ""), words),
-        cases=[shown_case(case, words) for case in verdict.get("cases") or []],
+        problem=discreet_problem(str(verdict.get("problem") or ""), cell.name),
+        cases=[shown_case(case, lines) for case in verdict.get("cases") or []],
         source=code(source) if (source := definition(cell.name, graded.get("source", ""), cells)) else None,
         printed=printed(submitted.get("outputs")),
-        error=error(graded.get("outputs"), words),
+        error=error(graded),
         comments=comments_on(cell.name, record),
     )
 
@@ -236,10 +328,10 @@ def written_section(cell: Cell, record: Record, cells: list[dict]) -> Section:
 def other_code(cells: list[dict], found: Class) -> list[tuple[Markup, str]]:
     """Cells that stopped and belong to no exercise: their code, and the error."""
     named = {f"solution-{cell.name}" for cell in found.cells} | {cell.name for cell in found.cells}
-    words, stopped = vocabulary(cells), []
+    stopped = []
     for cell in cells:
         if cell["cell_type"] == "code" and grade_id(cell) not in named:
-            message = error(cell.get("outputs"), words)
+            message = error(cell)
             if message:
                 stopped.append((code(cut(cell["source"], 2_000, 30)), message))
     return stopped[:10]
@@ -248,58 +340,81 @@ def other_code(cells: list[dict], found: Class) -> list[tuple[Markup, str]]:
 # ------------------------------------------------------------------------- what may be said of a run
 
 
-def vocabulary(cells: list[dict]) -> frozenset[str]:
-    """Words that an error may be shown with: those of the notebook's code, and those of errors everywhere."""
-    words = set(ERROR_WORDS)
-    for cell in cells:
-        if cell["cell_type"] == "code":
-            words.update(re.findall(r"[^\W\d]\w*", cell["source"]))
-    return frozenset(words)
+def lines_of(cells: list[dict]) -> frozenset[str]:
+    """The lines of the notebook's code, as an error's line is kept. A line that is in no cell was made in the run."""
+    code = "\n".join(cell["source"] for cell in cells if cell["cell_type"] == "code")
+    lines = frozenset(line.strip()[:100] for line in code.split("\n") if line.strip())
+    return lines if len(lines) <= MOST_LINES else frozenset()
 
 
-def discreet(text: str, words: frozenset[str]) -> str:
-    """A message with dots in the place of numbers and of words that are not known."""
-    text = " ".join(plain(text[:5_000]).split())
-    digits = re.findall(r"\b\d\b", text)
-    shown = words | set(digits) if len(digits) <= 4 else words  # "dimension 1" helps; a row of digits is a number
-    text = re.sub(r"\w+(?:\.\d+)?", lambda word: word[0] if word[0] in shown else "…", text)
-    return cut(re.sub(r"(?:…[^\w…]{0,3}){3,}", "… ", text), MESSAGE)
+def names_in(source: str) -> frozenset[str]:
+    """Names that the message of an error in this code may be shown with."""
+    names = frozenset(re.findall(r"[^\W\d]\w*", source))
+    return names if len(names) <= MOST_NAMES else frozenset()
 
 
-def discreet_problem(text: str, words: frozenset[str]) -> str:
-    """Why there was nothing to judge; what the student's code said of itself in known words alone."""
-    head, colon, tail = text.partition(": ")
-    said = re.match(r"(.*\b(?:stopped with|raised)) (.*)$", head)
-    if said:
-        return f"{said[1]} {discreet(said[2], words)}{colon}{discreet(tail, words)}"
-    return f"{plain(head)}{colon}{discreet(tail, words)}" if "not there" in head else plain(text)
+def known_message(text: str, names: frozenset[str]) -> str:
+    """A message if it is a common one, without its numbers; "" for others. Words in any order could be a code."""
+    text = " ".join(plain(text[:1_000]).split()).rstrip(".")
+    text = re.sub(r" \([^()]+, line \d+\)$", "", text)  # where a cell's syntax is wrong: the file is no file
+    form = re.sub(r"'\w+'", "'…'", re.sub(r"^[\w.<>]+(?=\(\)|(?: is what this assignment ))", "…", text))
+    form = re.sub(r"-?(?<![a-wyz\d])\d+(?:\.\d+)?", "…", re.sub(r"\[[-\d, ]+\]", "[…]", form))
+    form = re.sub(r"(?<=non-iterable )\w+(?= object)|(?<=slices, not )\w+|(?<=, but got )\w+$", "…", form)
+    if form not in MESSAGES:
+        return ""
+    said = (name if name in names | TYPES else "…" for name in re.findall(r"'(\w+)'", text))
+    return re.sub("'…'", lambda _: f"'{next(said, '…')}'", form)
 
 
-def shown_case(case: dict, words: frozenset[str]) -> dict:
+def discreet(name: str, message: str, names: frozenset[str] = frozenset()) -> str:
+    """An error as a page has it."""
+    kind, message = name if name in ERRORS else "an error of its own kind", known_message(message, names)
+    return f"{kind}: {message}" if message else kind
+
+
+def discreet_problem(text: str, exercise: str) -> str:
+    """Why there was nothing to judge. The judge's own sentences stay as they are; see `judge.what_went_wrong`."""
+    stopped = re.match(r"(The function's cases stopped with) ([^:]*):? ?(.*)", text, re.DOTALL)
+    if stopped:
+        return f"{stopped[1]} {discreet(stopped[2], stopped[3])}"
+    absent, colon, message = text.partition(" was not there when its cases ran: ")
+    if colon:
+        known = known_message(message, frozenset({exercise}))
+        return f"{plain(absent)}{colon.rstrip(': ')}{': ' * bool(known)}{known}."
+    return plain(text)
+
+
+def shown_case(case: dict, lines: frozenset[str]) -> dict:
     """A case as the page has it: without what the student's function could have said of hidden inputs it has seen."""
     why = str(case.get("why") or "")
-    if re.search(r"raised |the text |of type ", why):
-        why, at, line = why.partition(", at `")
-        known = line.rstrip("`").strip() and all(w in words for w in re.findall(r"[^\W\d]\w*", line))
-        why = discreet(why, words) + (at + plain(line) if known and not re.search(r"\d{3}", line) else "")
+    if why.startswith("raised "):
+        why = shown_error(why, lines)
+    elif not case.get("visible") and re.search(r"\d{3}|shape \(|the text '|of type ", why):
+        why = "the result is not as expected"  # a report from before compare.py left these out
     return {**case, "why": cut(plain(why), 400), "expects": sentence(str(case.get("expects") or ""))}
 
 
-def error(outputs, words: frozenset[str]) -> str:
+def shown_error(why: str, lines: frozenset[str]) -> str:
+    """`compare.difference`'s text about an error: "raised ValueError: message, at `line`"."""
+    wanted = re.fullmatch(r"raised (\w+); it should raise (\w+)", why)
+    if wanted and wanted[2] in ERRORS:
+        return f"raised {discreet(wanted[1], '')}; it should raise {wanted[2]}"
+    begin, at, line = why.removeprefix("raised ").rpartition(", at `")
+    name, _, message = (begin if at else line).partition(": ")
+    own = line.removesuffix("`") if at and line.removesuffix("`") in lines else ""
+    return f"raised {discreet(name, message, names_in(own))}" + (f", at `{own}`" if own else "")
+
+
+def error(cell: dict) -> str:
     """The error that stopped a cell when it was graded."""
-    for output in outputs or []:
-        if isinstance(output, dict) and output.get("output_type") == "error":
-            name, message = (discreet(str(output.get(key) or ""), words) for key in ("ename", "evalue"))
-            return f"{name or 'Error'}: {message}"
-    return ""
+    found = next((o for o in dictionaries(cell.get("outputs")) if o.get("output_type") == "error"), None)
+    return discreet(str(found.get("ename")), str(found.get("evalue")), names_in(cell["source"])) if found else ""
 
 
 def printed(outputs) -> str:
     """What a cell of the submitted notebook had printed, and the error it had stopped with."""
     parts = []
-    for output in outputs or []:
-        if not isinstance(output, dict):
-            continue
+    for output in dictionaries(outputs):
         data = output.get("data") if isinstance(output.get("data"), dict) else {}
         if output.get("output_type") == "error":
             parts.append(f"{output.get('ename')}: {output.get('evalue')}\n")

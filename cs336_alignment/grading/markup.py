@@ -11,6 +11,8 @@ from xml.etree.ElementTree import Element
 
 from latex2mathml.converter import convert_to_element
 from markdown_it import MarkdownIt
+from markdown_it.rules_block import StateBlock
+from markdown_it.rules_inline import StateInline
 from markupsafe import Markup, escape
 from mdit_py_plugins.dollarmath import dollarmath_plugin
 from pygments import highlight
@@ -20,7 +22,8 @@ from pygments.lexers import PythonLexer
 LONGEST_TEXT = 20_000  # characters of one answer or cell; longer ones are cut, and the page says so
 LONGEST_FORMULA = 1_500
 ALIGNED = re.compile(r"\\(begin|end)\{(?:aligned|split|gathered|align)\}")  # the library knows one of them
-BRACKETS = re.compile(r"\\\((.+?)\\\)|\\\[(.+?)\\\]", re.DOTALL)  # formulas as LaTeX itself writes them
+ROW_HEIGHT = re.compile(r"(?<=\\\\)\[[\d.]+(?:pt|em|ex|mm|cm)\]")  # \\[4pt]: the library would print it
+BRACKETS = {r"\(": r"\)", r"\[": r"\]"}  # around formulas as LaTeX itself writes them
 MACROS = re.compile(
     r"\\(?:(?:re|provide)?newcommand|providecommand|[egx]?def|let|DeclareMathOperator)\b"
 )  # they can grow
@@ -62,7 +65,7 @@ def formula(latex: str, block: bool = False) -> Markup:
     try:
         if len(latex) > LONGEST_FORMULA or MACROS.search(latex):
             raise ValueError("too long, or could become so")
-        latex = ALIGNED.sub(r"\\\1{align*}", plain(latex))
+        latex = ALIGNED.sub(r"\\\1{align*}", ROW_HEIGHT.sub("", plain(latex)))
         element = convert_to_element(latex, display="block" if block else "inline")
         return Markup(serialized(element))
     except Exception:  # latex2mathml raises some twenty kinds, IndexError and RecursionError among them
@@ -98,6 +101,45 @@ def link_open(self, tokens, index, options, env) -> str:
     return f'<a href="{html.escape(address)}" rel="noopener noreferrer nofollow">'
 
 
+def bracketed(source: str, position: int) -> str:
+    r"""The formula that begins here with `\(` or `\[`; "" for none. `\[1\]` is text whose brackets are escaped."""
+    opening = source[position : position + 2]
+    if opening not in BRACKETS:
+        return ""
+    inside = source[position + 2 : position + 2 + LONGEST_FORMULA]
+    end = inside.replace(r"\\", "  ").find(BRACKETS[opening])  # a new line, and then a bracket, closes nothing
+    latex = inside[: max(end, 0)]
+    words = opening == r"\[" and re.fullmatch(r"(?!\s)[\w\s.,:;]*(?<!\s)", latex)
+    return "" if words or not latex.strip() else latex
+
+
+def bracket_formula(state: StateInline, silent: bool) -> bool:
+    """A rule of the reader: such a formula in a line of text."""
+    latex = bracketed(state.src, state.pos)
+    if latex and not silent:
+        kind = "math_inline" if state.src[state.pos + 1] == "(" else "math_inline_double"
+        state.push(kind, "math", 0).content = latex
+    state.pos += len(latex) + 4 if latex else 0
+    return bool(latex)
+
+
+def bracket_block(state: StateBlock, start: int, end: int, silent: bool) -> bool:
+    r"""Such a formula, with `\[`, on lines of its own; a line of it may begin with + and is no list."""
+    begin = state.bMarks[start] + state.tShift[start]
+    if state.is_code_block(start) or not state.src.startswith(r"\[", begin):
+        return False
+    latex = bracketed(state.src, begin)
+    after = begin + len(latex) + 4
+    last = next((line for line in range(start, end) if state.eMarks[line] >= after), None)
+    if not latex or last is None or re.search(r"\n\s*\n", latex) or state.src[after : state.eMarks[last]].strip():
+        return False
+    if not silent:
+        token = state.push("math_block", "math", 0)
+        token.block, token.content, token.map = True, latex, [start, last + 1]
+    state.line = last + 1
+    return True
+
+
 @cache
 def reader() -> MarkdownIt:
     markdown = MarkdownIt("commonmark", {"html": False, "maxNesting": 30}).enable(["table", "strikethrough"])
@@ -107,6 +149,8 @@ def reader() -> MarkdownIt:
         double_inline=True,
         renderer=lambda latex, options: formula(latex, options["display_mode"]),
     )
+    markdown.inline.ruler.before("escape", "math_brackets", bracket_formula)
+    markdown.block.ruler.before("fence", "math_brackets_block", bracket_block, {"alt": ["paragraph"]})
     markdown.add_render_rule("image", image)
     markdown.add_render_rule("link_open", link_open)
     return markdown
@@ -115,7 +159,6 @@ def reader() -> MarkdownIt:
 def rich_text(markdown: str) -> Markup:
     """Markdown with formulas as HTML; as plain text where it cannot be read."""
     text = cut(plain(markdown), LONGEST_TEXT)
-    text = BRACKETS.sub(lambda m: f"${m[1].strip()}$" if m[1] else f"\n\n$${m[2].strip()}$$\n\n", text)
     try:
         return Markup(reader().render(text))
     except Exception:  # nothing that a student writes may stop the page

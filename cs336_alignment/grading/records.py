@@ -206,14 +206,23 @@ def cell_titles(root: Path, assignment: str) -> dict[str, str]:
 
 
 def read_cells(path: Path) -> list[dict]:
-    """The cells of a notebook with their source as text; [] where there is none that can be read."""
+    """The cells of a notebook, their source as text and their outputs a list; [] where there is none to be read."""
     try:
         if path.stat().st_size > LARGEST_NOTEBOOK:
             return []
         cells = json.loads(path.read_text(encoding="utf-8"))["cells"]
-        return [{**c, "source": as_text(c.get("source")), "cell_type": str(c["cell_type"])} for c in cells]
+        return [
+            {**c, "source": as_text(c.get("source")), "cell_type": str(c["cell_type"]),
+             "outputs": dictionaries(c.get("outputs"))}
+            for c in cells
+        ]  # fmt: skip
     except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError):
         return []
+
+
+def dictionaries(outputs) -> list[dict]:
+    """A cell's outputs: what else stands in their place is left out."""
+    return [output for output in outputs if isinstance(output, dict)] if isinstance(outputs, list) else []
 
 
 def as_text(source) -> str:
@@ -252,15 +261,15 @@ def judged(record: Record, cells: list[dict], assignment: str) -> dict[str, dict
     found = {}
     for cell in cells:
         exercise = known.get(grade_id(cell))
-        text = exercise and judge_text(exercise, cell.get("outputs") or [])
+        text = exercise and judge_text(exercise, cell.get("outputs"))
         if text:
             found[exercise.name] = from_text(exercise, text)
     return found
 
 
-def judge_text(exercise: Exercise, outputs: list) -> str:
+def judge_text(exercise: Exercise, outputs) -> str:
     """`str(Score)` among the outputs of a points cell, or ""."""
-    for output in outputs:
+    for output in dictionaries(outputs):
         data = output.get("data") if isinstance(output.get("data"), dict) else {}
         for text in (as_text(data.get("text/plain")), as_text(output.get("text"))):
             if text.startswith(f"{exercise.name}: ") and " points\n" in text + "\n":

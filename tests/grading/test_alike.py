@@ -1,6 +1,7 @@
 """Suspicious likeness: honest solutions of the same exercises are not flagged, copies are, renamed ones too."""
 
 import random
+import shutil
 
 import pytest
 from synthetic import ASSIGNMENT, answer, make_class, solutions, source_notebook
@@ -107,6 +108,18 @@ def test_winnowing_finds_every_run_that_is_as_long_as_its_guarantee():
     assert not left.keys() & fingerprints(view, "nothing of that is in this sentence here", set()).keys()
     released = {value for value, _, _ in runs(view, shared)}
     assert not fingerprints(view, shared, released)
+
+
+def test_a_course_folder_without_assignments_has_the_packages(tmp_path):
+    course = make_class(tmp_path, 44)
+    before = alike(course, ASSIGNMENT)
+    shutil.rmtree(course / "assignments")
+    assert alike(course, ASSIGNMENT) == before
+
+
+def test_no_more_pairs_are_reported_than_is_said(tmp_path, monkeypatch):
+    monkeypatch.setattr("cs336_alignment.grading.alike.MOST", 2)
+    assert len(alike(make_class(tmp_path, 44), ASSIGNMENT)) == 2  # of three, found by different views
 
 
 def test_a_whole_class_is_read_and_shown_side_by_side(tmp_path):

@@ -2,6 +2,7 @@
 
 import json
 import re
+import shutil
 
 import pytest
 from nbgrader.api import Gradebook
@@ -27,7 +28,7 @@ def course(tmp_path_factory):
     root = make_class(tmp_path_factory.mktemp("course"), 44)
     path = root / "autograded" / "s001" / ASSIGNMENT / "report.json"
     report = json.loads(path.read_text(encoding="utf-8"))
-    report |= {"findings": [EVIL] * 9, "crashes": [{"cell": EVIL}, {}], "seconds": 99.0}
+    report |= {"findings": [EVIL] * 9, "crashes": [{"cell": f"{EVIL}\u202e"}, {}], "seconds": 99.0}
     path.write_text(json.dumps(report), encoding="utf-8")
     release = root / "assignments" / ASSIGNMENT / f"{ASSIGNMENT}.ipynb"
     (root / "autograded" / "s002" / ASSIGNMENT / f"{ASSIGNMENT}.ipynb").write_bytes(release.read_bytes())
@@ -43,12 +44,17 @@ def page(course):
     return write_class_report(course, ASSIGNMENT).read_text(encoding="utf-8")
 
 
+def words(page: str) -> str:
+    return " ".join(re.sub(r"<[^>]+>", " ", page).split())
+
+
 def test_the_page_runs_and_loads_nothing(page):
     for tag, attributes in Reader(page).tags:
         assert tag not in ("script", "img", "iframe", "link", "object", "embed", "image")
         assert not any(name.startswith("on") or name == "src" for name in attributes)
         assert re.match(r"#|feedback/|grades\.csv", attributes.get("href", "#")), attributes
     assert EVIL not in page and "&lt;script&gt;" in page and "default-src 'none'" in page
+    assert "\u202e" not in page  # it turns the direction of text
 
 
 def test_every_link_leads_to_a_page_that_will_be_there(course, page):
@@ -60,7 +66,7 @@ def test_every_link_leads_to_a_page_that_will_be_there(course, page):
 
 
 def test_who_and_what_is_on_it(page):
-    text = " ".join(re.sub(r"<[^>]+>", " ", page).split())
+    text = words(page)
     assert (
         "43 of 45 students submitted" in text
         and "Nothing submitted (2): &lt;script&gt;" in text
@@ -88,9 +94,11 @@ def test_costs_are_summed_over_the_class():
         "problem": None,
         "cases": [case, case | {"right": True}],
     }
-    found = {"ada": {"f": verdict}, "bob": {"f": verdict}, "eve": {"f": verdict | {"problem": "died", "hint": None}}}
+    late = verdict | {"problem": "The function did not come to an end", "hint": None}  # and cases that were answered
+    none = {"points": 0, "of": 10, "hint": None, "problem": None, "cases": [case, case]}
+    found = {"ada": {"f": verdict}, "bob": {"f": verdict}, "eve": {"f": late}, "joe": {"f": none}}
     assert [(x.exercise, x.what, x.students, x.points, x.hidden) for x in dearest_cases(found)] == [
-        ("f", "a", 2, 6.0, True)
+        ("f", "a", 3, 9.0, True)
     ]
     assert [(x.what, x.students, x.points) for x in known_mistakes(found)] == [("beta is missing.", 2, 12.0)]
 
@@ -106,6 +114,14 @@ def test_a_notebook_as_released_is_no_work_and_one_changed_answer_is(course):
         "It is."
     )
     assert not without_work(answered, found)
+
+
+def test_a_course_folder_without_assignments_has_the_packages(tmp_path):
+    course = make_class(tmp_path, 6)
+    release = course / "assignments" / ASSIGNMENT / f"{ASSIGNMENT}.ipynb"
+    (course / "autograded" / "s000" / ASSIGNMENT / f"{ASSIGNMENT}.ipynb").write_bytes(release.read_bytes())
+    shutil.rmtree(course / "assignments")
+    assert "As released (1): s000" in words(write_class_report(course, ASSIGNMENT).read_text(encoding="utf-8"))
 
 
 def test_the_distribution_is_drawn_the_same_each_time_and_needs_a_class():

@@ -85,8 +85,32 @@ def test_changing_an_argument_in_place_is_told():
 def test_of_a_hidden_case_no_expected_number_is_told():
     found = difference({"value": 2.0}, {"value": 1.25}, 0, 0, NAMES)
     assert "1.25" in found.text and "1.25" not in found.without_numbers
-    shape = difference({"value": torch.ones(3)}, {"value": torch.ones(())}, 0, 0, NAMES)
-    assert shape.without_numbers == shape.text  # a shape gives nothing away
+
+
+@pytest.mark.parametrize(
+    "got, wanted, told_of_it",
+    [
+        (
+            torch.empty(0, 44791),
+            torch.tensor(1.0),
+            "the result should have no dimensions; it has another number of them",
+        ),
+        (torch.empty(44791), torch.ones(2), "the result has 1 dimension, as it should, but other sizes"),
+        (44791, {"loss": 1.0}, "the result is a number; it should be a dictionary with 'loss'"),
+        (-4.4791, [1.0, 2.0], "the result is a number; it should be 2 values"),
+        ([0] * 44791, [1.0, 2.0], "the result is of another length; it should be 2 values"),
+        ({"loss": "44791"}, {"loss": torch.ones(2)}, "the result['loss'] is a text; it should be a tensor"),
+        (Other("Leak44791"), torch.ones(2), "the result is of another type; it should be a tensor"),
+        (torch.empty(44791, 0), torch.ones(2), "the result should have 1 dimension; it has another number of them"),
+        (44791, "text", "the result is not as expected"),
+        (44791, True, "the result is not as expected"),
+        (2**90, torch.tensor(1.0), "the result is a far too large integer"),
+        (torch.ones(2, dtype=torch.int16), torch.ones(2) > 0, "the result has another type; it should be bool"),
+    ],
+)
+def test_of_a_hidden_case_nothing_is_told_that_the_function_chose(got, wanted, told_of_it):
+    """It has seen the hidden inputs: every size, number and name that it returns can carry them."""
+    assert difference({"value": got}, {"value": wanted}, 0, 0, NAMES).without_numbers == told_of_it
 
 
 def found_mistake(wrong, agrees, mistaken=None):

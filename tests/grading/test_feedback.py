@@ -2,9 +2,11 @@
 
 import json
 import re
+import shutil
 
 import nbformat
 import pytest
+import torch
 from nbformat.v4 import new_code_cell, new_output
 from nbgrader.api import Gradebook
 from synthetic import ASSIGNMENT, filled, make_class, solutions, source_notebook
@@ -12,19 +14,28 @@ from test_markup import ALLOWED, HARMLESS, Reader
 
 from cs336_alignment.grading.exercise import exercise
 from cs336_alignment.grading.feedback import (
+    TEMPLATES,
     definition,
-    discreet,
+    digest,
     discreet_problem,
     duration,
+    error,
+    known_message,
+    lines_of,
+    names_in,
     page_name,
+    printed,
     shown_case,
     write_feedback,
+    write_feedback_of,
 )
+from cs336_alignment.grading.judge import IN_TIME, what_went_wrong
 from cs336_alignment.grading.records import from_text, judged, read_class
 from cs336_alignment.grading.score import case_seeds, score
 
 OURS = ALLOWED | set("html head meta title style body main header footer section details summary b".split())
 SECRET_NUMBERS = "tensor([-4.4791, 17.0625]) 8317"  # what a function might say of its hidden inputs
+SPELLED = "minus four point four seven"  # the same in words that the notebook has
 EVIL = "</pre><script>alert(1)</script><img src=http://evil.example/x.png onerror=alert(1)>"
 
 
@@ -34,7 +45,7 @@ def course(tmp_path_factory):
     root = make_class(tmp_path_factory.mktemp("course"), 10)
     release = source_notebook("assignments")
     code = {name.removeprefix("solution-"): text for name, text in solutions().items()}
-    code["dpo_loss"] = f"def dpo_loss(*a):\n    '''{EVIL}'''\n    raise ValueError(str(a))"
+    code["dpo_loss"] = f"def dpo_loss(*a):\n    '''{EVIL}'''\n    raise ValueError(str(a))\n    {SPELLED.split()} = a"
     answers = {
         "written-likelihood": f"{EVIL} [x](javascript:alert(1)) ![y](http://evil.example/y.png) $\\text{{{EVIL}}}$"
     }
@@ -44,15 +55,17 @@ def course(tmp_path_factory):
         if cell.metadata.get("nbgrader", {}).get("grade_id") == "solution-dpo_loss":
             cell.outputs = [
                 new_output("stream", text=f"graded {SECRET_NUMBERS}"),
-                new_output("error", ename="ValueError", evalue=f"{EVIL} {SECRET_NUMBERS}", traceback=[SECRET_NUMBERS]),
+                new_output("error", ename="Leak8317", evalue=f"{EVIL} {SECRET_NUMBERS} {SPELLED}", traceback=[SPELLED]),
             ]
     notebook.cells.append(new_code_cell(f"# {EVIL}\nraise KeyError(SEEN)", outputs=[
-        new_output("error", ename="Leak8317", evalue=SECRET_NUMBERS, traceback=[])]))  # fmt: skip
+        new_output("error", ename="Leak8317", evalue=f"{SECRET_NUMBERS} {SPELLED}", traceback=[])]))  # fmt: skip
     nbformat.write(notebook, root / "autograded" / "s000" / ASSIGNMENT / f"{ASSIGNMENT}.ipynb")
     for cell in notebook.cells:
         if cell.cell_type == "code":
             cell.outputs = [new_output("stream", text=f"mine \x1b[31m{EVIL}")]
-    nbformat.write(notebook, root / "submitted" / "s000" / ASSIGNMENT / f"{ASSIGNMENT}.ipynb")
+    submitted = root / "submitted" / "s000" / ASSIGNMENT / f"{EVIL}.ipynb"
+    submitted.parent.mkdir(parents=True)
+    nbformat.write(notebook, submitted)
     path = root / "autograded" / "s000" / ASSIGNMENT / "report.json"
     report = json.loads(path.read_text(encoding="utf-8"))
     report |= {"file": f"{EVIL}.ipynb", "findings": [EVIL], "crashes": [{"cell": EVIL, "why": EVIL}]}
@@ -60,10 +73,12 @@ def course(tmp_path_factory):
     wrong |= {
         "points": 0.0,
         "hint": "beta is missing. See equation (12.5).",
-        "problem": f"The cell stopped with {EVIL}: 8317",
+        "problem": f"The function's cases stopped with {SPELLED}: 8317 {SPELLED}",
     }
     for case in wrong["cases"]:
-        case |= {"right": False, "points": 0.0, "why": f"raised ValueError: {EVIL} {SECRET_NUMBERS}, at `x = 8317`"}
+        said = f"{EVIL} {SECRET_NUMBERS} {SPELLED}"
+        case |= {"right": False, "points": 0.0, "why": f"raised ValueError: {said}, at `x = 8317`"}
+    wrong["cases"][0]["why"] = "raised ValueError: 8317, at `raise ValueError(str(a))`"
     path.write_text(json.dumps(report), encoding="utf-8")
     with Gradebook(f"sqlite:///{root}/gradebook.db", "cs336_alignment") as gradebook:
         student = gradebook.find_student("s000")
@@ -77,9 +92,13 @@ def course(tmp_path_factory):
     return root
 
 
+def page_of(course, student: str) -> str:
+    return next(p for p in write_feedback(course, ASSIGNMENT) if p.stem == student).read_text(encoding="utf-8")
+
+
 @pytest.fixture(scope="module")
 def page(course):
-    return next(p for p in write_feedback(course, ASSIGNMENT) if p.stem == "s000").read_text(encoding="utf-8")
+    return page_of(course, "s000")
 
 
 def words(page: str) -> str:
@@ -116,8 +135,10 @@ def test_a_page_is_small(course):
 
 
 def test_nothing_that_a_function_said_of_hidden_inputs_is_on_the_page(page):
-    for number in ("4.4791", "17.0625", "8317", "4791", "0625"):
-        assert number not in words(page).replace("x = 8317", ""), number
+    for said in ("4.4791", "17.0625", "8317", "4791", "0625", SPELLED, "point four"):
+        assert said not in words(page), said
+    assert "raised ValueError, at `raise ValueError(str(a))`" in words(page)
+    assert "stopped with an error of its own kind" in words(page)
     assert "graded" not in words(page).split("mine")[1][:50]
 
 
@@ -155,11 +176,9 @@ def test_pages_are_left_alone_until_something_changes(course):
     assert [path.stem for path in after if after[path] != before[path]] == ["s001"]
 
 
-def test_pages_of_some_students_and_of_none_who_left(course):
+def test_who_left_has_no_page(course):
     folder = write_feedback(course, ASSIGNMENT)[0].parent
     (folder / "gone.html").write_text("old")
-    assert [path.stem for path in write_feedback(course, ASSIGNMENT, ["s002", "zz_absent"])] == ["s002"]
-    assert (folder / "gone.html").exists()
     write_feedback(course, ASSIGNMENT)
     assert not (folder / "gone.html").exists() and not (folder / "zz_absent.html").exists()
 
@@ -192,7 +211,7 @@ def test_without_a_report_the_notebook_says_what_the_judge_found(tmp_path):
         if cell.metadata.get("nbgrader", {}).get("grade_id") == "dpo_loss":
             cell.outputs = [new_output("display_data", {"text/html": "", "text/plain": str(result)})]
     nbformat.write(notebook, path)
-    text = words(next(p for p in write_feedback(course, ASSIGNMENT) if p.stem == "s000").read_text(encoding="utf-8"))
+    text = words(page_of(course, "s000"))
     assert "beta is missing. See equation (12.5)." in text and "half precision (hidden)" in text
     expected = [v.points for v in result.verdicts]
     found = from_text(of, str(result))
@@ -210,7 +229,7 @@ def test_a_notebook_that_is_no_notebook_still_has_a_page(tmp_path):
     course = make_class(tmp_path, 5)
     for text in ("", "null", '{"cells": [1, {"cell_type": "code"}]}', '{"cells": [{"cell_type": 3, "source": [1]}]}'):
         (course / "autograded" / "s000" / ASSIGNMENT / f"{ASSIGNMENT}.ipynb").write_text(text)
-        assert "of 90 points" in words(write_feedback(course, ASSIGNMENT, ["s000"])[0].read_text(encoding="utf-8"))
+        assert "of 90 points" in words(page_of(course, "s000"))
     record = read_class(course, ASSIGNMENT).records[-2]
     record.report = {}
     assert judged(record, [], ASSIGNMENT) == {}
@@ -220,26 +239,139 @@ def test_a_notebook_that_is_no_notebook_still_has_a_page(tmp_path):
     "text, shown",
     [
         ("name 'my_loss' is not defined", "name 'my_loss' is not defined"),
-        ("The size of tensor a (3) must match the size of tensor b (4)", None),
-        ("index 1 is out of range", "index 1 is out of range"),
-        ("secret 0.125 1 2 3 4 5 6", "… … … …"),
-        ("aGVsbG8= 12", "…= …"),
+        ("name 'other' is not defined", "name '…' is not defined"),
+        ("The size of tensor a (3) must match the size of tensor b (4) at non-singleton dimension 1",
+         "The size of tensor a (…) must match the size of tensor b (…) at non-singleton dimension …"),
+        ("mat1 and mat2 shapes cannot be multiplied (3x4 and 5x6)",
+         "mat1 and mat2 shapes cannot be multiplied (…x… and …x…)"),
+        ("Dimension out of range (expected to be in range of [-1, 0], but got 1)",
+         "Dimension out of range (expected to be in range of […], but got …)"),
+        ("my_loss() missing 1 required positional argument: 'beta'",
+         "…() missing … required positional argument: '…'"),
+        ("unsupported operand type(s) for +: 'int' and 'NoneType'",
+         "unsupported operand type(s) for +: 'int' and 'NoneType'"),
+        ("invalid syntax (cell, line 3)", "invalid syntax"),
+        ("'my_loss'", "'my_loss'"),
+        ("dpo_loss is what this assignment asks you to write; it is not in the package here",
+         "… is what this assignment asks you to write; it is not in the package here"),
+        ("my_loss my_loss is not defined", ""),
+        ("zero one one zero", ""),
+        ("'…'", "'…'"),
+        ("secret 0.125 1 2 3 4 5 6", ""),
+        ("", ""),
     ],
-)
-def test_errors_are_shown_in_known_words(text, shown):
-    from cs336_alignment.grading.feedback import ERROR_WORDS
+)  # fmt: skip
+def test_an_errors_message_is_shown_if_it_is_a_common_one(text, shown):
+    assert known_message(text, frozenset({"my_loss"})) == shown
 
-    found = discreet(text, ERROR_WORDS | {"my_loss"})
-    assert found == (shown or text) if shown != "… … … …" else not re.search(r"\d", found)
+
+@pytest.mark.parametrize(
+    "do",
+    ["undefined_name", "1 + None", "[][0]", "int.absent", "len(3)", "x = 3; x()", "a, b = 3", "a, b = [3]", "1 / 0",
+     "{}['x']",
+     "(lambda x: x)()", "def f(:", "import no_such_module", "torch.ones(2) + torch.ones(3)", "torch.absent",
+     "torch.ones(2, 3) @ torch.ones(2, 3)",
+     "torch.ones(2)[5]", "torch.ones(2).sum(3)", "torch.ones(6).view(4)", "torch.ones(2).item()", "bool(torch.ones(2))",
+     "torch.ones(()).backward()", "torch.ones(2, requires_grad=True).backward()",
+     "torch.ones(1, requires_grad=True).numpy()",
+     "torch.ones(1, requires_grad=True).add_(1)", "torch.cat([torch.ones(2, 2), torch.ones(2, 3)])",
+     "torch.stack([torch.ones(2), torch.ones(3)])", "torch.stack([3])"],
+)  # fmt: skip
+def test_the_errors_that_people_make_are_common_ones(do):
+    try:
+        exec(compile(do, "cell", "exec"), {"torch": torch})
+    except Exception as raised:
+        assert known_message(str(raised), frozenset()), str(raised)
+    else:
+        pytest.fail("nothing was raised")
 
 
 def test_the_judges_own_sentences_stay_as_they_are():
-    words = frozenset({"x"})
-    for text in ("The kernel gave no answer: it may have died, or run out of time, in an earlier cell.", ""):
-        assert discreet_problem(text, words) == text
-    assert "0.5" not in discreet_problem("The cell stopped with ValueError: 0.5", words)
-    case = {"visible": False, "why": "the result has shape (3,); it should have ()", "expects": "a scalar"}
-    assert shown_case(case, words)["why"] == case["why"]
+    for text in (
+        "The function gave no answer that could be read.",
+        "This cell got no further: the kernel died.",
+        IN_TIME,
+        "",
+    ):
+        assert discreet_problem(text, "dpo_loss") == text
+    absent = "The function was not there when its cases ran"
+    for name, value, shown in (
+        ("NameError", "name 'dpo_loss' is not defined", f"{absent}: name 'dpo_loss' is not defined."),
+        ("NameError", "minus four", f"{absent}."),
+        ("SystemExit", "4.4791", "The function's cases stopped with SystemExit"),
+        ("Leak44791: a", "minus four", "The function's cases stopped with an error of its own kind"),
+    ):  # fmt: skip
+        problem = what_went_wrong([new_output("error", ename=name, evalue=value, traceback=[])])
+        assert discreet_problem(problem, "dpo_loss") == shown
+
+
+def of_case(why: str, visible: bool = False) -> str:
+    cells = [{"cell_type": "code", "source": "def f(x):\n    y = x @ x\n    minus = four = y"}]
+    return shown_case({"why": why, "visible": visible}, lines_of(cells))["why"]
+
+
+def test_of_an_error_a_page_has_its_kind_and_the_students_line():
+    assert of_case("raised ValueError: minus four, at `y = x @ x`") == "raised ValueError, at `y = x @ x`"
+    assert of_case("raised KeyError: 'minus', at `y = made_in_the_run`") == "raised KeyError: '…'"
+    assert of_case("raised KeyError: 'minus', at `y = x @ x`") == "raised KeyError: '…', at `y = x @ x`"
+    assert of_case("raised KeyError: 'x', at `y = x @ x`") == "raised KeyError: 'x', at `y = x @ x`"
+    assert of_case("raised minus: four") == of_case("raised Leak44791: 3") == "raised an error of its own kind"
+    assert of_case("raised ValueError: a, at `z`, at `y = x @ x`") == "raised ValueError, at `y = x @ x`"
+    assert of_case("raised KeyError; it should raise ValueError") == "raised KeyError; it should raise ValueError"
+    assert of_case("raised KeyError: 3; it should raise minus") == "raised KeyError"
+    many = [{"cell_type": "code", "source": "\n".join(f"word_{i}" for i in range(3_000))}]
+    assert not lines_of(many) and not names_in(many[0]["source"])  # to choose among so many is to spell
+
+
+@pytest.mark.parametrize(
+    "why",
+    ["the result has shape (0, 17882226); it should have ()", "the result is the text 'minus'; it should be", "is 447"],
+)
+def test_a_report_from_before_says_no_more_than_one_of_today(why):
+    assert of_case(why) == "the result is not as expected" and of_case(why, visible=True) == why
+
+
+def test_outputs_that_are_no_outputs_cost_nothing(tmp_path):
+    for odd in (5, True, {"a": 1}, "x", [5], None, [{"output_type": "stream", "text": {"a": 1}}], [{"data": 3}]):
+        assert isinstance(printed(odd), str) and error({"source": "", "outputs": odd}) == ""
+    course = make_class(tmp_path, 6)
+    for place in ("submitted", "autograded"):
+        path = course / place / "s000" / ASSIGNMENT / f"{ASSIGNMENT}.ipynb"
+        notebook = json.loads(path.read_text(encoding="utf-8"))
+        for cell in notebook["cells"]:
+            cell["outputs"] = 5
+        path.write_text(json.dumps(notebook), encoding="utf-8")
+    report = course / "autograded" / "s000" / ASSIGNMENT / "report.json"
+    report.unlink()
+    assert "of 90 points" in words(page_of(course, "s000"))
+
+
+def test_a_page_that_cannot_be_made_costs_no_other(tmp_path, monkeypatch):
+    course, notes = make_class(tmp_path, 6), []
+    before = write_feedback(course, ASSIGNMENT)
+
+    def broken_page(found, record, state):
+        if record.student == "s000":
+            raise TypeError("nobody thought of that")
+        return "new"
+
+    monkeypatch.setattr("cs336_alignment.grading.feedback.page", broken_page)
+    monkeypatch.setattr("cs336_alignment.grading.feedback.beginning", lambda path: "")
+    after = write_feedback_of(read_class(course, ASSIGNMENT), notes)
+    assert len(after) == len(before) - 1 and all(path.read_text() == "new" for path in after)
+    assert notes == ["no feedback page for s000: TypeError: nobody thought of that"]
+    assert not next(path for path in before if path.stem == "s000").exists()  # of an older grade
+
+
+def test_a_page_is_made_anew_when_its_style_changes(tmp_path, monkeypatch):
+    course = make_class(tmp_path / "class", 5)
+    record, found = read_class(course, ASSIGNMENT).records[0], read_class(course, ASSIGNMENT)
+    before = digest(found, record)
+    shutil.copytree(TEMPLATES, tmp_path / "templates")
+    monkeypatch.setattr("cs336_alignment.grading.feedback.TEMPLATES", tmp_path / "templates")
+    assert digest(found, record) == before
+    (tmp_path / "templates" / "style.css").write_text("p { color: red }")
+    assert digest(found, record) != before
 
 
 def test_what_is_wrong_in_every_case_is_said_once(tmp_path):
@@ -249,7 +381,7 @@ def test_what_is_wrong_in_every_case_is_said_once(tmp_path):
     for case in report["exercises"]["dpo_loss"]["cases"]:
         case |= {"right": False, "why": "raised NotImplementedError: your code here"}
     path.write_text(json.dumps(report), encoding="utf-8")
-    text = words(write_feedback(course, ASSIGNMENT, ["s000"])[0].read_text(encoding="utf-8"))
+    text = words(page_of(course, "s000"))
     assert text.count("raised NotImplementedError") == 1 and "All 9 cases: raised NotImplementedError" in text
 
 

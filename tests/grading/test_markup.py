@@ -76,6 +76,40 @@ def test_formulas_become_mathml_and_their_letters_stay():
     assert page.count("<math") == 2 and "σ" in page and "<mfrac>" in page and "&lt;" in page and "$" not in page
 
 
+def test_formulas_in_latex_own_brackets():
+    page = rich_text(r"Where \(\beta > 0\) and" + "\n\\[\na\n+ b_1 \\\\[4pt]\n\\]\n" + r"so \[x^2\] and \[ e \] hold")
+    assert page.count("<math") == 4 and page.count('display="block"') == 3 and "<li>" not in page
+    assert "β" in page and "<msup>" in page and "4pt" not in page and "\\" not in page
+    assert rich_text("- one \\[x^2\\] more\n- two").count("<li>") == 2
+    assert rich_text("> \\[\n> a + b\n> \\]\n\nafter").count("<math") == 1
+
+
+@pytest.mark.parametrize(
+    "text, shown",
+    [
+        (r'Use `re.sub(r"\(x\)", "")` here', r"re.sub(r&quot;\(x\)&quot;, &quot;&quot;)"),
+        ("```\nre.compile(r'\\[a-z\\]')\n```", r"re.compile(r'\[a-z\]')"),
+        ("    re.compile(r'\\[a-z+1\\]')", r"re.compile(r'\[a-z+1\]')"),
+        ("    \\[a + b\\]", r"\[a + b\]"),  # a block of code
+        (r"As in \[1\] and \[2\]", "As in [1] and [2]"),
+        (r"- one \[x\] more", "one [x] more"),
+        (r"\[see below\]", "[see below]"),
+        (r"\[see below", "[see below"),
+        (r"It cost \( \) and the rest stays \(", "It cost ( ) and the rest stays ("),
+        (r"a \\(b\\) c", r"a \(b\) c"),
+        ("\\[ a\n\nb \\] c", "b ] c"),
+    ],
+)
+def test_brackets_that_are_no_formula_stay_what_they_are(text, shown):
+    page = rich_text(text)
+    assert shown in page and "<math" not in page and "$" not in page
+
+
+def test_the_height_of_a_row_ends_no_formula():
+    page = rich_text(r"$$\begin{aligned} a &= b \\[4pt] c &= d \end{aligned}$$ and then \[ e \]")
+    assert page.count("<math") == 2 and page.count("<mtr>") == 2 and "4pt" not in page and " and then " in page
+
+
 @pytest.mark.parametrize(
     "latex",
     [r"\frac{a}", r"\left( x", "{" * 3000, r"\newcommand{\a}{\a\a}\a", r"\def\a{xx}\a", r"\begin{aligned}", "^"],
@@ -86,7 +120,25 @@ def test_a_formula_that_cannot_be_read_is_shown_as_it_stands(latex):
 
 
 @pytest.mark.parametrize(
-    "piece", ["[", "*a **b ", "$", "`a", ">", "- ", "![a](", "$x^{", "| a ", "<a ", "\\", "($x$) "]
+    "piece",
+    [
+        "[",
+        "*a **b ",
+        "$",
+        "`a",
+        ">",
+        "- ",
+        "![a](",
+        "$x^{",
+        "| a ",
+        "<a ",
+        "\\",
+        "($x$) ",
+        "\\(",
+        "\\[",
+        "\\[\n",
+        "\\( \\[",
+    ],
 )
 def test_long_answers_are_cut_and_end_in_seconds(piece):
     page = rich_text(piece * (40_000 // len(piece)))
