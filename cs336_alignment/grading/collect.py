@@ -18,7 +18,8 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
-from cs336_alignment.grading.gradebook import Person
+from cs336_alignment.grading.folders import parse_time, read_timestamp
+from cs336_alignment.grading.gradebook import Person, assignment_names
 from cs336_alignment.grading.lms import (
     METADATA,
     Origin,
@@ -28,11 +29,11 @@ from cs336_alignment.grading.lms import (
     origins,
     read_metadata,
     read_roster,
+    shared_start,
     without_wrapper,
 )
 from cs336_alignment.grading.rescue_files import rank
 from cs336_alignment.grading.unpack import Entry, Refused, files_of
-from cs336_alignment.paths import in_course
 
 NOTEBOOK = re.compile(r"(?i)\.ipynb(\.txt|\.json)?\Z")  # mail and browsers add endings
 CRUFT = re.compile(
@@ -83,7 +84,7 @@ def collect(
     zone: the time zone of times that the export states without one ("Europe/Berlin"); by default this computer's.
     Raises: ValueError for a source, class list or zone that cannot be used, or an assignment that is not there.
     """
-    assignments = sorted(path.stem for path in in_course(root, "assignments").glob("*/*.ipynb"))
+    assignments = assignment_names(root)
     if assignment not in assignments:
         raise ValueError(f"there is no assignment {assignment!r}; there are {', '.join(assignments) or 'none'}")
     roster = read_roster(students) if students else None
@@ -114,6 +115,9 @@ def candidates(
     files = [entry for entry in entries if not CRUFT.search(entry.name)]
     notebooks = [entry for entry in files if NOTEBOOK.search(entry.name)]
     wrapper = without_wrapper([entry.name for entry in notebooks], assignment, source)
+    if roster and any(map(roster.find, origins(f"{wrapper}{assignment}.ipynb", assignment, zone, {}))):
+        wrapper = ""  # the one student who handed in anything
+    shared = shared_start([entry.name.removeprefix(wrapper) for entry in notebooks])
     metadata = {}
     times: dict[str, Entry] = {}
     for entry in files:
@@ -132,7 +136,7 @@ def candidates(
     owned: dict[str, list[Candidate]] = defaultdict(list)
     claims: dict[str, set[str]] = defaultdict(set)  # ids made from names: whose they are
     for entry in notebooks:
-        found = origins(entry.name.removeprefix(wrapper), assignment, zone, metadata)
+        found = origins(entry.name.removeprefix(wrapper), assignment, zone, metadata, shared)
         if not found:
             result.unmatched.append(("?", entry.name, "nothing says whose it is"))
         for origin in found:
@@ -181,22 +185,12 @@ def settle(
     try:
         data = chosen.entry.read()
         if when is None and folder in times:
-            when = read_time(times[folder].read())
+            when = parse_time(times[folder].read()[:1000].decode("utf-8", "replace"))
         done = place(root, assignment, student, data, when, dry_run)
     except Refused as why:
         result.refused.append((chosen.entry.name, str(why)))
         return
     result.placed.append((student, chosen.entry.name, "; ".join(filter(None, (done, chosen.origin.note)))))
-
-
-def read_time(data: bytes) -> datetime | None:
-    """The time of a timestamp.txt as nbgrader writes it; UTC where it names no zone."""
-    text = data[:100].decode("utf-8", "replace").strip()
-    try:
-        time = datetime.fromisoformat(re.sub(r" ?UTC\Z", "+00:00", text))
-    except ValueError:
-        return None
-    return (time if time.tzinfo else time.replace(tzinfo=UTC)).astimezone(UTC)
 
 
 def place(root: Path, assignment: str, student: str, data: bytes, when: datetime | None, dry_run: bool) -> str:
@@ -207,7 +201,7 @@ def place(root: Path, assignment: str, student: str, data: bytes, when: datetime
             raise Refused(f"cannot be put in place: {folder.relative_to(root).as_posix()} is no plain folder")
     file, stamp = home / f"{assignment}.ipynb", home / "timestamp.txt"
     stated = f"{when:%Y-%m-%d %H:%M:%S} UTC" if when else ""
-    before = read_time(stamp.read_bytes()) if stamp.is_file() else None
+    before = parse_time(read_timestamp(home) or "")
     done = f"new, of {stated}" if stated else "new"
     if home.is_dir() and any(home.iterdir()):
         if file.is_file() and not file.is_symlink() and file.read_bytes() == data:

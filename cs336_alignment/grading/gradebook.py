@@ -19,7 +19,8 @@ from nbgrader.api import Comment, Grade, Gradebook, MissingEntry, Student, Submi
 from nbgrader.converters import GenerateAssignment
 from nbgrader.converters.base import NbGraderException
 from nbgrader.coursedir import CourseDirectory
-from sqlalchemy.exc import SAWarning
+from sqlalchemy.exc import DatabaseError, SAWarning
+from traitlets import TraitError
 from traitlets.config import Config
 from traitlets.config.loader import PyFileConfigLoader
 
@@ -31,10 +32,42 @@ COURSE = "cs336_alignment"
 
 def configuration(root: Path) -> Config:
     """nbgrader_config.py of a course folder, or the checkout's."""
-    folder = root if (root / "nbgrader_config.py").is_file() else course_root()
-    config = PyFileConfigLoader("nbgrader_config.py", path=str(folder)).load_config()
+    path = in_course(root, "nbgrader_config.py")
+    try:
+        config = PyFileConfigLoader(path.name, path=str(path.parent)).load_config()
+    except Exception as error:  # it is a program
+        raise ValueError(f"{path} cannot be run: {type(error).__name__}: {error}") from None
     config.CourseDirectory.root = str(root)
     return config
+
+
+def late_days(root: Path, config: Config) -> LateDays:
+    """The rule for what comes late. Raises: ValueError for one that makes no sense."""
+    try:
+        return LateDays(config=config)
+    except TraitError as error:
+        raise ValueError(f"{in_course(root, 'nbgrader_config.py')}: {error}") from None
+
+
+def assignment_names(root: Path) -> list[str]:
+    """The assignments of a course folder, and the checkout's."""
+    return sorted({path.stem for folder in (root, course_root()) for path in folder.glob("assignments/*/*.ipynb")})
+
+
+def open_gradebook(root: Path) -> Gradebook:
+    """The gradebook of a course folder, a new one where there is none. Raises: ValueError if it cannot be opened."""
+    # nbgrader calls a program of its own that lies beside Python, and SQLAlchemy complains of how it adds rows.
+    programs = str(Path(sys.executable).parent)
+    if programs not in os.environ.get("PATH", "").split(os.pathsep):
+        os.environ["PATH"] = os.pathsep.join([programs, os.environ.get("PATH", os.defpath)])
+    warnings.filterwarnings("ignore", message="Object of type .* not in session", category=SAWarning)
+    path = root / "gradebook.db"
+    try:
+        return Gradebook(f"sqlite:///{path}", COURSE)
+    except DatabaseError as error:
+        raise ValueError(
+            f"{path} cannot be opened as a gradebook: {error.orig}; put a sound copy in its place, or move it away"
+        ) from None
 
 
 @dataclass(frozen=True)
@@ -47,9 +80,14 @@ class Person:
 
 
 def enrol(root: Path, students: Mapping[str, Person]) -> None:
-    """Enters students in the gradebook, by id, with what is known of their names. Nothing there is made empty."""
+    """Enters students in the gradebook, by id, with what is known of their names. Nothing there is made empty.
+
+    Raises: ValueError while a `grade` is running, which enters students too.
+    """
+    from cs336_alignment.grading.grade import only_one  # which needs this file
+
     root.mkdir(parents=True, exist_ok=True)
-    with Gradebook(f"sqlite:///{root}/gradebook.db", COURSE) as book:
+    with only_one(root), open_gradebook(root) as book:
         known = {student.id: student for student in book.students}
         for student, person in students.items():
             row = known.get(student) or Student(id=student)
@@ -65,13 +103,10 @@ class Writer:
 
     def __init__(self, root: Path, assignment: str):
         """Adds the assignment to the gradebook if it is not there. Raises: ValueError if it cannot be."""
-        # nbgrader calls a program of its own that lies beside Python, and SQLAlchemy complains of how it adds rows.
-        os.environ["PATH"] = os.pathsep.join([str(Path(sys.executable).parent), os.environ.get("PATH", os.defpath)])
-        warnings.filterwarnings("ignore", message="Object of type .* not in session", category=SAWarning)
         self.root, self.assignment, self.config = root, assignment, configuration(root)
-        self.late = LateDays(config=self.config)
+        self.late = late_days(root, self.config)
         self.extensions = read_extensions(root / self.late.extensions_file)
-        self.book = Gradebook(f"sqlite:///{root}/gradebook.db", COURSE)
+        self.book = open_gradebook(root)
         try:
             if not self.is_current():
                 self.add_assignment()
@@ -187,8 +222,7 @@ class Writer:
             )
             found = SubmittedAssignment(assignment_id=self.assignment_id, student_id=student, notebooks=[notebook])
             db.add(found)
-        if timestamp:
-            found.timestamp = utils.parse_utc(timestamp)
+        found.timestamp = utils.parse_utc(timestamp) if timestamp else None
         return next(notebook for notebook in found.notebooks if notebook.notebook_id == self.notebook_id)
 
     def settle(self, student: str, notebook: NotebookNode, submitted: SubmittedNotebook) -> None:

@@ -5,15 +5,19 @@ that points given by hand count too. A student's assignments use up the free day
 whatever was graded first: regrading changes nothing. Extensions are lines of a small file, to be read and kept.
 """
 
-import csv
 import math
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable
 from dataclasses import dataclass
+from datetime import datetime
+from difflib import get_close_matches
 from pathlib import Path
 
 from nbgrader.api import Gradebook
 from nbgrader.preprocessors import AssignLatePenalties
 from traitlets import Float, Integer, List, Unicode
+
+from cs336_alignment.grading.rescue_files import shown
+from cs336_alignment.grading.spreadsheet import csv_lines, csv_text
 
 DAY = 24 * 60 * 60  # seconds
 FIELDS = ["student", "assignment", "days"]
@@ -45,25 +49,48 @@ def read_extensions(path: Path) -> dict[tuple[str, str], int]:
     if not path.exists():
         return {}
     extensions: dict[tuple[str, str], int] = {}
-    with path.open(encoding="utf-8-sig", newline="") as file:  # what Excel saves starts with a mark
-        lines = csv.reader(file)
-        header = [word.strip() for word in next(lines, [])]
-        if header != FIELDS:
-            raise ValueError(f"{path}: the first line has to be {','.join(FIELDS)}; it is {','.join(header)!r}")
-        for words in lines:
-            words = [word.strip() for word in words]
-            if not any(words):
-                continue
-            where = f"{path}, line {lines.line_num}"
-            if len(words) != len(FIELDS) or not all(words):
-                raise ValueError(f"{where}: {','.join(words)!r} is not of the form {','.join(FIELDS)}")
-            student, assignment, days = words
-            if not (days.isascii() and days.isdigit()):
-                raise ValueError(f"{where}: {days!r} is not a whole number of days")
-            if (student, assignment) in extensions:
-                raise ValueError(f"{where}: a second line for {student} and {assignment}; one line with all the days")
-            extensions[student, assignment] = int(days)
+    lines = csv_lines(path, csv_text(path))
+    header = [word.strip() for word in next(lines, (0, []))[1]]
+    if header != FIELDS:
+        raise ValueError(f"{path}: the first line has to be {','.join(FIELDS)}; it is {','.join(header)[:80]!r}")
+    for number, words in lines:
+        words = [word.strip() for word in words]
+        if not any(words):
+            continue
+        where = f"{path}, line {number}"
+        if len(words) != len(FIELDS) or not all(words):
+            raise ValueError(f"{where}: {','.join(words)[:80]!r} is not of the form {','.join(FIELDS)}")
+        student, assignment, days = words
+        if not (days.isascii() and days.isdigit() and len(days) < 5):
+            raise ValueError(f"{where}: {days[:80]!r} is not a whole number of days")
+        if (student, assignment) in extensions:
+            raise ValueError(f"{where}: a second line for {student} and {assignment}; one line with all the days")
+        extensions[student, assignment] = int(days)
     return extensions
+
+
+def nearest(name: str, known: Iterable[str]) -> str:
+    """The end of a sentence on a name that is not known."""
+    near = get_close_matches(name, known, 1)
+    return f"; did you mean {near[0]}?" if near else ""
+
+
+def without_effect(
+    extensions: Collection[tuple[str, str]], students: list[str], due: dict[str, bool], to_come: list[str]
+) -> list[str]:
+    """Sentences on extensions that move no due date.
+
+    students: of the gradebook. due: its assignments, and whether they have a due date. to_come: others that there are.
+    """
+    notes = []
+    for student in sorted({student for student, _ in extensions} - set(students)):
+        notes.append(f"the gradebook has no student {shown(student)}{nearest(student, students)}")
+    for name in sorted({name for _, name in extensions}):
+        if name not in due and name not in to_come:
+            notes.append(f"there is no assignment {shown(name)}{nearest(name, {*due, *to_come})}")
+        elif not due.get(name, True):
+            notes.append(f"{shown(name)} has no due date in the gradebook: nobody is late, extension or not")
+    return notes
 
 
 @dataclass(frozen=True)
@@ -112,14 +139,13 @@ class LateDays(AssignLatePenalties):
         return nb, resources
 
     def settle(self, gradebook: Gradebook, student: str, extensions: dict[tuple[str, str], int]) -> list[Line]:
-        """Writes the penalties of all of a student's submissions into the gradebook."""
-        known = {assignment.name for assignment in gradebook.assignments}
-        for name in sorted({name for who, name in extensions if who == student} - known):
-            self.log.warning("%s gives %s days for %s, which is in no gradebook", self.extensions_file, student, name)
-        submissions = [s for s in gradebook.find_student(student).submissions if s.assignment.duedate is not None]
-        submissions.sort(key=lambda submission: (submission.assignment.duedate, submission.name))
+        """Writes the penalties of all of a student's submissions into the gradebook: none without a due date."""
+        submissions = list(gradebook.find_student(student).submissions)
+        submissions.sort(key=lambda s: (s.assignment.duedate or datetime.max, s.name))
         late = [
             days_late(s.total_seconds_late, extensions.get((student, s.name), 0), 60 * self.grace_minutes)
+            if s.assignment.duedate
+            else 0
             for s in submissions
         ]
         paid = days_to_pay(late, self.free_days)

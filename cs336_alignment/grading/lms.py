@@ -5,9 +5,8 @@ system states them: Blackboard's attempts and Gradescope's metadata. The times o
 when the archive was made, or what the student's own computer said.
 """
 
-import csv
-import io
 import itertools
+import os
 import re
 import unicodedata
 from collections import defaultdict
@@ -19,14 +18,20 @@ import yaml
 from rapidfuzz import fuzz, process
 
 from cs336_alignment.grading.gradebook import Person
+from cs336_alignment.grading.spreadsheet import csv_lines, csv_text
 from cs336_alignment.grading.unpack import RESERVED
 
-CANVAS = re.compile(r"(?P<who>[^_]+)(?P<late>_LATE)?_(?P<user>\d+)_(?P<submission>\d+)_(?P<file>.+)\Z")
-MOODLE = re.compile(r"(?P<who>.+?)_(?P<id>\d+)_assignsubmission_(?P<kind>[a-z]+)_?(?P<file>.*)\Z")
-BLACKBOARD = re.compile(
-    r"(?P<head>.+)_attempt_(?P<when>\d{4}-\d\d-\d\d-\d\d-\d\d-\d\d)(?:_(?P<file>.+)|(?P<receipt>\.txt))\Z"
+# `ids` is what the system wrote of the student; what follows may be the student's own words. Canvas writes names in
+# small letters without anything between them.
+CANVAS = re.compile(
+    r"(?P<ids>(?P<who>[^_\sA-Z]+)(?P<late>_(?i:LATE))?_(?P<user>\d+)_(?P<submission>\d+))_(?P<file>.+)\Z"
 )
-GRADESCOPE = re.compile(r"submission_(?P<id>\d+)\Z")
+MOODLE = re.compile(r"(?P<ids>(?P<who>.+?)_(?P<id>\d+))_assignsubmission_(?P<kind>[a-z]+)_?(?P<file>.*)\Z")
+BLACKBOARD = re.compile(
+    r"(?P<ids>.+?)_attempt_(?P<when>\d{4}-\d\d-\d\d-\d\d-\d\d-\d\d)(?:_(?P<file>.+)|(?P<receipt>\.txt))\Z"
+)
+GRADESCOPE = re.compile(r"(?P<ids>submission_(?P<id>\d+))\Z")
+GRADESCOPE_EXPORT = re.compile(r"assignment_\d+_export\Z")
 METADATA = "submission_metadata.yml"
 LARGEST_METADATA = 20_000_000  # bytes
 
@@ -42,41 +47,52 @@ class Origin:
     attempt: tuple[int, ...] = ()  # the larger, the newer
     when: datetime | None = None  # UTC
     note: str = ""
-    others: tuple[str, ...] = ()  # what else could be the name
+    others: tuple[str, ...] = ()  # what else could be the name: nobody's, if two are students
 
 
-def origins(name: str, assignment: str, zone: tzinfo | None, metadata: dict) -> list[Origin]:
+def origins(name: str, assignment: str, zone: tzinfo | None, metadata: dict, shared: str = "") -> list[Origin]:
     """Whose the file of that name is: none if nobody's, several for a group. zone: of times without one; None is this
-    computer's. metadata: Gradescope's, see `read_metadata`."""
+    computer's. metadata: Gradescope's, see `read_metadata`. shared: Blackboard's, see `shared_start`."""
     parts = PurePosixPath(name).parts
-    for position, part in enumerate(parts):
-        own = "/".join(parts[position + 1 :])
-        if match := MOODLE.match(part):
-            who, key = match["who"].strip(), match["id"]
-            return [Origin("Moodle", who, own or match["file"], (("moodle_id", key),), (int(key),))]
-        if match := BLACKBOARD.match(part):
-            return [] if match["receipt"] else [blackboard(match, own, assignment, zone)]
-        if match := CANVAS.match(part):
-            return [canvas(match, own)]
-        if GRADESCOPE.match(part):
-            return gradescope(part, own, metadata)
-    return plain(parts, assignment)
+    match, own = system_of(parts[0]), "/".join(parts[1:])
+    if match is None:
+        return plain(parts, assignment)
+    if match.re is MOODLE:
+        who, key = match["who"].strip(), match["id"]
+        return [Origin("Moodle", who, own or match["file"], (("moodle_id", key),), (int(key),))]
+    if match.re is BLACKBOARD:
+        return [] if match["receipt"] else [blackboard(match, own, assignment, zone, shared)]
+    return [canvas(match, own)] if match.re is CANVAS else gradescope(match[0], own, metadata)
+
+
+def system_of(part: str) -> re.Match | None:
+    """The system that made the outermost part of a name. Students choose what stands further in and further right, and
+    may imitate another system there: of several that fit it is the one that is done first."""
+    found = [match for form in (MOODLE, BLACKBOARD, CANVAS, GRADESCOPE) if (match := form.match(part))]
+    return min(found, key=lambda match: match.end("ids"), default=None)
 
 
 def canvas(match: re.Match, own: str) -> Origin:
-    """lovelaceada_LATE_12345_67890_a4_dpo-2.ipynb: name, user, submission, file; -2 is the third of its name."""
-    again = re.search(r"-(\d{1,4})(?=\.[^.]*\Z|\Z)", match["file"])
-    attempt = (int(again[1]) if again else 0, int(match["submission"]))
+    """lovelaceada_LATE_12345_67890_a4_dpo-2.ipynb: name, user, submission, file. Submissions are numbered as they come;
+    -2 says nothing more, and may be the student's own."""
+    attempt = (int(match["submission"]),)
     note = "late, says Canvas, which does not say when" if match["late"] else ""
     return Origin("Canvas", match["who"], own or match["file"], (("canvas_id", match["user"]),), attempt, None, note)
 
 
-def blackboard(match: re.Match, own: str, assignment: str, zone: tzinfo | None) -> Origin:
+def shared_start(names: list[str]) -> str:
+    """What all of Blackboard's names start with: the assignment's name is a part of it, or all of it."""
+    return os.path.commonprefix([m["ids"] for name in names if (m := BLACKBOARD.match(name.split("/", 1)[0]))])
+
+
+def blackboard(match: re.Match, own: str, assignment: str, zone: tzinfo | None, shared: str) -> Origin:
     """Assignment_user_attempt_2026-11-20-22-00-00_file: both the assignment's name and the user's may hold a "_"."""
-    head = match["head"]
+    head = match["ids"]
     pieces = head.split("_")
     suffixes = ["_".join(pieces[i:]) for i in range(1, len(pieces))]
-    known = next((s for s in suffixes if canonical(head.removesuffix(s)) == canonical(assignment)), pieces[-1])
+    sure = [s for s in suffixes if canonical(head.removesuffix(s)) == canonical(assignment)]
+    suffixes = [s for s in suffixes if shared.startswith(head.removesuffix(s))] or suffixes
+    who = sure[0] if sure else [head, *suffixes][-1]
     when = None
     try:
         local = datetime.strptime(match["when"], "%Y-%m-%d-%H-%M-%S")
@@ -84,8 +100,8 @@ def blackboard(match: re.Match, own: str, assignment: str, zone: tzinfo | None) 
     except (ValueError, OverflowError):
         pass
     attempt = (int(match["when"].replace("-", "")),)
-    others = tuple(s for s in suffixes if s != known)
-    return Origin("Blackboard", known, own or match["file"], (), attempt, when, "", others)
+    others = () if sure else tuple(s for s in suffixes if s != who)
+    return Origin("Blackboard", who, own or match["file"], (), attempt, when, "", others)
 
 
 def gradescope(folder: str, own: str, metadata: dict) -> list[Origin]:
@@ -101,14 +117,14 @@ def gradescope(folder: str, own: str, metadata: dict) -> list[Origin]:
 
 
 def plain(parts: tuple[str, ...], assignment: str) -> list[Origin]:
-    """ada.ipynb, ada/a4_dpo.ipynb, ada/a4_dpo/a4_dpo.ipynb: the outermost folder's name; without one, the file's."""
+    """ada.ipynb, ada/a4_dpo.ipynb, ada/a4_dpo/a4_dpo.ipynb: the outermost folder's name, and no other; the file's where
+    there is no folder."""
     folders = [re.sub(r"(?i)\.zip\Z", "", part) for part in parts[:-1]]
-    folders = [f for f in folders if canonical(f) not in (canonical(assignment), "submitted", "")]
+    folders = [f for f in folders if canonical(f) not in (canonical(assignment), "submitted")]
     stem = re.split(r"(?i)\.ipynb", parts[-1])[0]
     bare = re.sub(rf"(?i)\A{re.escape(assignment)}[ _.-]+|[ _.-]+{re.escape(assignment)}\Z", "", stem)
     names = [bare] if canonical(bare) not in (canonical(assignment), "") else []
-    candidates = folders + names
-    return [Origin("plain", candidates[0], parts[-1], others=tuple(candidates[1:]))] if candidates else []
+    return [Origin("plain", who, parts[-1]) for who in (folders + names)[:1]]
 
 
 def without_wrapper(names: list[str], assignment: str, source: str) -> str:
@@ -121,8 +137,9 @@ def without_wrapper(names: list[str], assignment: str, source: str) -> str:
         return ""
     top = tops.pop()
     own = {f"{top}/{assignment}.ipynb", f"{top}/{assignment}/{assignment}.ipynb"}
-    shape = any(pattern.match(top) for pattern in (CANVAS, MOODLE, BLACKBOARD, GRADESCOPE))
-    if shape or own & set(names) or (len(names) == 1 and canonical(top) != canonical(source)):
+    if system_of(top) or own & set(names):
+        return ""
+    if len(names) == 1 and canonical(top) != canonical(source) and not GRADESCOPE_EXPORT.match(top):
         return ""
     return f"{top}/"
 
@@ -183,8 +200,9 @@ class Roster:
         for column, value in origin.ids:
             if found := self.ids.get((column, value.casefold())):
                 return found
-        words = [origin.who, *(value for column, value in origin.ids if column in ("sid", "email")), *origin.others]
-        return next((found for word in words if (found := self.names.get(canonical(word)))), set())
+        words = [origin.who, *(value for column, value in origin.ids if column in ("sid", "email"))]
+        known = next((found for word in words if (found := self.names.get(canonical(word)))), set())
+        return known.union(*(self.names.get(canonical(word), set()) for word in origin.others))
 
     def nearest(self, name: str) -> str:
         """Who may be meant, for a person to decide; "" where nobody comes near."""
@@ -198,32 +216,23 @@ def read_roster(path: Path) -> Roster:
     Commas, semicolons or tabs; a mark at the start as Excel writes it; UTF-8, UTF-16 or Windows' own letters.
     Raises: ValueError for a file without that column, an id that no folder can have, or an id that is there twice.
     """
-    data = path.read_bytes()
-    if data[:2] in (b"\xff\xfe", b"\xfe\xff"):
-        text = data.decode("utf-16", "replace")
-    else:
-        try:
-            text = data.decode("utf-8-sig")
-        except UnicodeDecodeError:
-            text = data.decode("cp1252", "replace")
+    text = csv_text(path)
     head = text.split("\n", 1)[0]
-    delimiter = max(",;\t", key=head.count)
-    lines = csv.reader(io.StringIO(text, newline=""), delimiter=delimiter)
-    columns = [re.sub(r"\W+", "_", word.strip().casefold()).strip("_") for word in next(lines, [])]
+    lines = csv_lines(path, text, max(",;\t", key=head.count))
+    _, words = next(lines, (0, []))
+    columns = [re.sub(r"\W+", "_", word.strip().casefold()).strip("_") for word in words]
     if "student" not in columns:
         raise ValueError(f"{path}: the first line needs a column student; it has {', '.join(columns) or 'nothing'}")
     roster, ids, names = {}, defaultdict(set), defaultdict(set)
-    for words in lines:
+    for number, words in lines:
         row = {column: word.strip() for column, word in zip(columns, words) if word.strip()}
         if not row:
             continue
         student = unicodedata.normalize("NFC", row.get("student", ""))
         if not student or make_id(student) != student:
-            raise ValueError(
-                f"{path}, line {lines.line_num}: {student!r} cannot be a student's id (and a folder's name)"
-            )
+            raise ValueError(f"{path}, line {number}: {student!r} cannot be a student's id (and a folder's name)")
         if student.casefold() in {known.casefold() for known in roster}:
-            raise ValueError(f"{path}, line {lines.line_num}: {student} is there a second time")
+            raise ValueError(f"{path}, line {number}: {student} is there a second time")
         first, last = row.get("first_name", ""), row.get("last_name", row.get("surname", ""))
         full = row.get("name") or row.get("full_name") or f"{first} {last}".strip()
         email = row.get("email", "")

@@ -4,18 +4,17 @@ The list has a row for each student of the gradebook and a column for each exerc
 a person in a spreadsheet or by a program. What nobody has graded yet is empty, never 0.
 """
 
+import contextlib
 import csv
 import io
 import os
 from dataclasses import dataclass
-from difflib import get_close_matches
 from pathlib import Path
 
-from nbgrader.api import Gradebook
-
-from cs336_alignment.grading.folders import is_graded, submissions
-from cs336_alignment.grading.gradebook import COURSE, configuration
-from cs336_alignment.grading.late import LateDays, read_extensions
+from cs336_alignment.grading.folders import is_graded, submissions, unfinished
+from cs336_alignment.grading.grade import only_one
+from cs336_alignment.grading.gradebook import assignment_names, configuration, late_days, open_gradebook
+from cs336_alignment.grading.late import read_extensions, without_effect
 from cs336_alignment.grading.records import Cell, Class, Mark, Record, read_class
 from cs336_alignment.grading.rescue_files import shown
 
@@ -122,7 +121,7 @@ def after_grading(root: Path, assignment: str, students: list[str] | None = None
     from cs336_alignment.grading.class_report import write_class_report_of
     from cs336_alignment.grading.feedback import write_feedback_of
 
-    notes = settle_penalties(root, students)
+    notes = settle_penalties(root)
     found = read_class(root, assignment)
     if new := newer(found):
         names = ", ".join([shown(student) for student in new[:MOST_NAMES]] + ["..."] * (len(new) > MOST_NAMES))
@@ -135,34 +134,39 @@ def after_grading(root: Path, assignment: str, students: list[str] | None = None
 
 
 def newer(found: Class) -> list[str]:
-    """Students whose submission is not graded, or came after its grade. (nbgrader's own grading leaves no trace.)"""
+    """Students whose submission is not graded, or came after its grade. (What nbgrader graded itself cannot tell.)"""
     records, names = {record.student: record for record in found.records}, []
     for student in submissions(found.root, found.assignment):
         record = records.get(student)
-        if record is None or not record.submitted:
+        stopped = unfinished(found.root, found.assignment, student).exists()
+        if record is None or not record.submitted or (stopped and not record.report):
             names.append(student)
         elif "digest" in record.report and not is_graded(found.root, found.assignment, student, record.report):
             names.append(student)
     return names
 
 
-def settle_penalties(root: Path, students: list[str] | None = None) -> list[str]:
+def settle_penalties(root: Path) -> list[str]:
     """Late days as nbgrader_config.py has them; without a percentage in it the gradebook stays as it is.
 
-    Returns sentences on lines of the extensions' file that have no effect.
+    Returns sentences on what has no effect. Nothing is written while a `grade` is running, which does this at its end.
     """
-    config = configuration(root)
-    late = LateDays(config=config)
+    late = late_days(root, configuration(root))
     if not late.percent_per_day or not (root / "gradebook.db").is_file():
         return []
     extensions = read_extensions(root / late.extensions_file)
-    with Gradebook(f"sqlite:///{root / 'gradebook.db'}", COURSE) as gradebook:
-        known = [student.id for student in gradebook.students]
-        for student in known if students is None else sorted(set(students) & set(known)):
-            late.settle(gradebook, student, extensions)
     notes = []
-    for student in sorted({student for student, _ in extensions} - set(known)):
-        near = get_close_matches(student, known, 1)
-        guess = f"; did you mean {near[0]}?" if near else ""
-        notes.append(f"{late.extensions_file}: the gradebook has no student {shown(student)}{guess}")
-    return notes
+    with contextlib.ExitStack() as opened:
+        gradebook = opened.enter_context(open_gradebook(root))
+        students = [student.id for student in gradebook.students]
+        due = {assignment.name: assignment.duedate is not None for assignment in gradebook.assignments}
+        gradebook.db.rollback()  # what was read is not kept locked
+        try:
+            opened.enter_context(only_one(root))
+        except ValueError:
+            notes.append("a `grade` is running: it brings the late penalties up to date when it ends")
+        else:
+            for student in students:
+                late.settle(gradebook, student, extensions)
+    lines = without_effect(extensions, students, due, assignment_names(root))
+    return notes + [f"{late.extensions_file}: {line}" for line in lines]

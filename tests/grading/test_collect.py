@@ -2,6 +2,7 @@
 
 import io
 import os
+import sqlite3
 import stat
 import zipfile
 from datetime import UTC, datetime
@@ -14,8 +15,11 @@ from rich.console import Console
 
 from cs336_alignment.cli import main
 from cs336_alignment.grading import unpack
-from cs336_alignment.grading.collect import collect, read_time, show
+from cs336_alignment.grading.collect import collect, show
+from cs336_alignment.grading.grade import only_one
+from cs336_alignment.grading.gradebook import enrol
 from cs336_alignment.grading.lms import canonical, first_and_last, make_id, origins, read_metadata, read_roster
+from cs336_alignment.grading.results import settle_penalties
 from cs336_alignment.grading.unpack import files_of, unsafe
 
 A = "a4_dpo"
@@ -191,9 +195,7 @@ def test_gradescopes_times_name_their_zone(tmp_path, root, roster):
 def test_a_timestamp_beside_a_notebook_is_taken_and_times_of_files_are_not(tmp_path, root):
     files = {f"ada/{A}/{A}.ipynb": "1", f"ada/{A}/timestamp.txt": "2026-11-20 12:00:00 UTC", f"bob/{A}.ipynb": "2"}
     collect(zipped(tmp_path / "e.zip", files), A, root)
-    assert read_time((root / "submitted/ada" / A / "timestamp.txt").read_bytes()) == datetime(
-        2026, 11, 20, 12, tzinfo=UTC
-    )
+    assert (root / "submitted/ada" / A / "timestamp.txt").read_text() == "2026-11-20 12:00:00 UTC\n"
     assert not (root / "submitted/bob" / A / "timestamp.txt").exists()
 
 
@@ -233,6 +235,16 @@ def test_an_older_export_does_not_replace_a_newer_submission(tmp_path, root):
     assert submitted(root) == {"ada": "new"}
 
 
+def test_the_time_of_what_is_there_is_read_as_grading_reads_it(tmp_path, root):
+    home = root / "submitted/ada" / A
+    home.mkdir(parents=True)
+    (home / f"{A}.ipynb").write_text("new")
+    (home / "timestamp.txt").write_text("20 Nov 2026 23:00 UTC")
+    old = {f"X_ada_attempt_2026-11-20-22-00-00_{A}.ipynb": "old"}
+    assert "newer" in collect(zipped(tmp_path / "2.zip", old), A, root, zone="UTC").placed[0][2]
+    assert submitted(root) == {"ada": "new"}
+
+
 def test_a_dry_run_writes_nothing_and_says_the_same(tmp_path, root):
     collect(zipped(tmp_path / "1.zip", {"ada.ipynb": "old"}), A, root)
     before = {name: (root / name).read_bytes() for name in written(root)}
@@ -251,6 +263,85 @@ def test_links_in_the_way_are_not_written_through(tmp_path, root):
 
 
 # -------------------------------------------------------------------------------------- who is who
+
+BOBS = {"canvas": "aetherbob_222_70000_a4_dpo.ipynb", "blackboard": "Work_bob_attempt_2026-11-19-08-30-00_a4.ipynb",
+        "moodle": "Bob Æther_1002_assignsubmission_file_/a4.ipynb", "plain": "bob/zz.ipynb"}  # fmt: skip
+PREFIXES = {"canvas": "lovelaceada_12345_67890_", "blackboard": "Work_ada_attempt_2026-11-20-22-00-00_",
+            "moodle": "Ada Lovelace_1001_assignsubmission_file_", "plain": "ada/"}  # fmt: skip
+FORGED = ("x_bob_attempt_2099-01-01-00-00-00_a4.ipynb", "aetherbob_222_99999_x.ipynb", "submission_6/x.ipynb",
+          "Bob Æther_1002_assignsubmission_file_x.ipynb", "bob.ipynb", "bob/a4_dpo.ipynb")  # fmt: skip
+
+
+@pytest.mark.parametrize("system", PREFIXES)
+@pytest.mark.parametrize("own", FORGED)
+def test_a_students_own_name_of_a_file_does_not_make_it_somebody_elses(system, own, tmp_path, root, roster):
+    metadata = "submission_6:\n  :submitters:\n  - :name: Bob Æther\n"
+    files = {PREFIXES[system] + own: "ada's", BOBS[system]: "bob's", "submission_metadata.yml": metadata}
+    collect(zipped(tmp_path / "e.zip", files), A, root, roster)
+    assert submitted(root) == {"ada": "ada's", "bob": "bob's"}
+    alone = tmp_path / "alone"
+    collect(zipped(tmp_path / "alone.zip", {PREFIXES[system] + own: "ada's"}), A, alone, roster)
+    assert submitted(alone) == {"ada": "ada's"}
+
+
+@pytest.mark.parametrize("with_list", [True, False])
+def test_numbers_in_the_name_of_a_file_are_not_canvas(tmp_path, root, roster, with_list):
+    files = {"ada/dpo_4_2_final.ipynb": "ada's", "bob/zz.ipynb": "bob's"}
+    assert collect(zipped(tmp_path / "e.zip", files), A, root, roster if with_list else None).complete
+    assert submitted(root) == {"ada": "ada's", "bob": "bob's"}
+
+
+def test_a_strangers_folder_is_nobodys_whatever_is_in_it(tmp_path, root, roster):
+    files = {f"Stranger/bob/{A}.ipynb": "?", "bob/zz.ipynb": "bob's", "Xyzzy/ada.ipynb": "?", "!/ada.ipynb": "?"}
+    result = collect(zipped(tmp_path / "e.zip", files), A, root, roster)
+    assert submitted(root) == {"bob": "bob's"} and result.missing == ["ada", "rené"]
+    assert {name for name, _, _ in result.unmatched} == {"Stranger", "Xyzzy", "!"}
+
+
+def test_the_only_student_who_handed_in_is_not_a_wrapper(tmp_path, root, roster):
+    assert collect(zipped(tmp_path / "e.zip", {"ada/bob.ipynb": "1", f"ada/{A}.ipynb": "2"}), A, root, roster).complete
+    assert collect(zipped(tmp_path / "f.zip", {"ada/bob.ipynb": "1", "ada/rené.ipynb": "2"}), A, root, roster).complete
+    assert set(submitted(root)) == {"ada"}
+
+
+def test_a_user_whose_name_may_be_two_students_is_not_guessed(tmp_path, root):
+    roster = tmp_path / "r.csv"
+    roster.write_text("student\nsmith\njo_smith\n")
+    files = {"Work_jo_smith_attempt_2026-11-20-22-00-00_x.ipynb": "?"}
+    assert collect(zipped(tmp_path / "e.zip", files), A, root, roster).unmatched[0][2] == "may be jo_smith or smith"
+    sure = {f"{A}_jo_smith_attempt_2026-11-20-22-00-00_x.ipynb": "jo's"}
+    assert collect(zipped(tmp_path / "f.zip", sure), A, root, roster).complete
+    assert submitted(root) == {"jo_smith": "jo's"}
+    roster.write_text("student\nsmith\nada\n")  # with others beside it one sees where the assignment's name ends
+    files["Work_ada_attempt_2026-11-20-22-00-00_x.ipynb"] = "ada's"
+    result = collect(zipped(tmp_path / "g.zip", files), A, tmp_path / "with", roster)
+    assert set(submitted(tmp_path / "with")) == {"ada"} and result.unmatched[0][0] == "jo_smith"
+    collect(tmp_path / "g.zip", A, tmp_path / "without")
+    assert set(submitted(tmp_path / "without")) == {"ada", "jo_smith"}
+
+
+def test_canvas_numbers_its_submissions_and_not_the_students_files(tmp_path, root, roster):
+    files = {"lovelaceada_12345_67890_work-2026.ipynb": "first", "lovelaceada_late_12345_99999_final.ipynb": "last"}
+    result = collect(zipped(tmp_path / "e.zip", files), A, root, roster)
+    assert submitted(root) == {"ada": "last"} and "late, says Canvas" in result.placed[0][2]
+
+
+def test_canvas_names_keep_the_marks_of_their_script():
+    assert origins("สมชายใจดี_12345_67890_x.ipynb", A, None, {})[0].system == "Canvas"
+
+
+def test_a_numbered_assignment_and_a_numbered_user_are_blackboards(tmp_path, root):
+    for name in (
+        "week_4_1234567_attempt_2026-11-20-22-00-00_x.ipynb",
+        "HW_4_2026_1234567_attempt_2026-11-20-22-00-00_x.ipynb",
+    ):
+        assert [(o.system, o.who) for o in origins(name, A, None, {})] == [("Blackboard", "1234567")]
+
+
+def test_gradescopes_wrapper_is_known_when_there_is_one_submission(tmp_path, root, roster):
+    files = {"assignment_99_export/submission_metadata.yml": "submission_5:\n  :submitters:\n  - :name: Ada Lovelace\n",
+             "assignment_99_export/submission_5/x.ipynb": "ada's"}  # fmt: skip
+    assert collect(zipped(tmp_path / "e.zip", files), A, root, roster).complete and submitted(root) == {"ada": "ada's"}
 
 
 def test_who_is_not_matched_is_named_with_the_nearest(tmp_path, root, roster):
@@ -301,6 +392,30 @@ def test_the_gradebook_gets_the_class_list_and_keeps_what_the_list_does_not_say(
     }  # fmt: skip
 
 
+def test_a_fresh_course_gets_its_gradebook_whatever_is_on_the_path(tmp_path, root, roster, monkeypatch):
+    monkeypatch.setenv("PATH", "/usr/bin:/bin")
+    enrol(root, read_roster(roster).students)
+    with sqlite3.connect(root / "gradebook.db") as database:
+        assert database.execute("SELECT count(*) FROM alembic_version").fetchone() == (1,)
+
+
+def test_while_a_grade_is_running_nobody_is_enrolled_and_no_penalty_written(root, roster):
+    with only_one(root), pytest.raises(ValueError, match="another `grade` is running"):
+        enrol(root, read_roster(roster).students)
+    assert not (root / "gradebook.db").exists()
+    enrol(root, read_roster(roster).students)
+    (root / "nbgrader_config.py").write_text("c = get_config()\nc.LateDays.percent_per_day = 10\n")
+    with only_one(root):
+        assert ["a `grade` is running" in note for note in settle_penalties(root)] == [True]
+    assert settle_penalties(root) == []
+
+
+def test_a_gradebook_that_is_none_is_said_so(root, roster):
+    (root / "gradebook.db").write_text("garbage" * 50)
+    with pytest.raises(ValueError, match="gradebook.db cannot be opened as a gradebook: file is not a database"):
+        enrol(root, read_roster(roster).students)
+
+
 def test_a_name_in_two():
     assert first_and_last("Ada King Lovelace") == first_and_last("Lovelace, Ada King") == ("Ada King", "Lovelace")
     assert first_and_last("Plato") == ("Plato", "") and first_and_last("김 철수") == ("김", "철수")
@@ -314,11 +429,20 @@ def test_an_assignment_that_is_not_there_is_said_so_and_nothing_is_written(tmp_p
     assert written(root) == set()
 
 
+def test_a_course_folder_with_another_assignment_of_its_own_has_the_checkouts_too(tmp_path, root):
+    (root / "assignments/b1").mkdir(parents=True)
+    (root / "assignments/b1/b1.ipynb").write_text("{}")
+    for assignment in ("b1", A):
+        assert collect(zipped(tmp_path / "e.zip", {"ada.ipynb": "1"}), assignment, root).complete
+    with pytest.raises(ValueError, match="there are a1_sft, .*b1"):
+        collect(tmp_path / "e.zip", "b2", root)
+
+
 @pytest.mark.parametrize(
     "text, message",
     [("name,email\nx,y\n", "needs a column student"), ("student\n../x\n", "line 2: '../x' cannot be"),
      ("student\nada\nADA\n", "line 3: ADA is there a second time"), ("", "has nothing"),
-     ("student\ncon\n", "cannot be")],
+     ("student\ncon\n", "cannot be"), ("student,name\nada," + "x" * 200_000, r"r.csv, line 2: field larger than")],
 )  # fmt: skip
 def test_a_class_list_that_cannot_be_used_says_where(tmp_path, text, message):
     path = tmp_path / "r.csv"

@@ -7,7 +7,7 @@ import pytest
 from nbgrader.api import Gradebook
 from traitlets.config import Config
 
-from cs336_alignment.grading.late import DAY, LateDays, days_late, days_to_pay, penalty, read_extensions
+from cs336_alignment.grading.late import DAY, LateDays, days_late, days_to_pay, penalty, read_extensions, without_effect
 from cs336_alignment.paths import course_root
 
 DUE = datetime(2026, 3, 1, 23, 59)
@@ -39,6 +39,8 @@ def test_extensions_are_read_as_a_spreadsheet_saves_them(tmp_path):
     assert read_extensions(path) == {}
     path.write_bytes("\ufeffstudent,assignment,days\r\nada, a4_dpo ,3\r\n\r\n,,\r\n".encode())
     assert read_extensions(path) == {("ada", "a4_dpo"): 3}
+    path.write_bytes("student,assignment,days\r\nJosé,a4_dpo,2\r\n".encode("cp1252"))
+    assert read_extensions(path) == {("José", "a4_dpo"): 2}
 
 
 @pytest.mark.parametrize(
@@ -51,6 +53,8 @@ def test_extensions_are_read_as_a_spreadsheet_saves_them(tmp_path):
         ("student,assignment,days\n\nada,,3\n", "line 3: 'ada,,3' is not of the form"),
         ("student,assignment,days\nada,a4_dpo,-1\n", "line 2: '-1' is not a whole number of days"),
         ("student,assignment,days\nada,a4_dpo,two\n", "line 2: 'two' is not a whole"),
+        ("student,assignment,days\nada,a4_dpo," + "9" * 5000, "line 2: '999+' is not a whole"),
+        ('student,assignment,days\n"ada' + "x" * 200_000, "extensions.csv, line 2: field larger than"),
         ("student,assignment,days\nada,a4_dpo,1\nada,a4_dpo,2\n", "line 3: a second line for ada and a4_dpo"),
     ],
 )
@@ -102,6 +106,29 @@ def test_in_the_gradebook_free_days_go_by_due_date_whatever_is_graded_first(cour
 def test_an_extension_moves_the_due_date_and_frees_days_for_later(course):
     (course / "extensions.csv").write_text("student,assignment,days\nada,a1,1\nbo,a1,9\nada,a9,1\n")
     assert settle(course, "a1", free_days=2, percent_per_day=20.0) == {"a1": 0, "a2": 0, "a3": 20}
+
+
+def test_without_a_due_date_nothing_is_late_any_more(course):
+    assert settle(course, "a1", percent_per_day=20.0) == {"a1": 16, "a2": 24, "a3": 20}
+    with Gradebook(f"sqlite:///{course}/gradebook.db") as gradebook:
+        gradebook.find_assignment("a2").duedate = None
+        gradebook.find_submission("a2", "ada").extension = timedelta(days=1)
+        gradebook.db.commit()
+    assert settle(course, "a1", percent_per_day=20.0) == {"a1": 16, "a2": 0, "a3": 20}
+
+
+def test_without_a_percentage_nbgraders_rule_takes_the_penalty_away_when_graded_again(course):
+    settle(course, "a1", percent_per_day=20.0)
+    assert settle(course, "a2") == {"a1": 16, "a2": 0, "a3": 20}
+
+
+def test_an_extension_without_effect_is_named_with_what_may_be_meant():
+    extensions = {("ada", "a1"): 1, ("adda", "a1"): 1, ("ada", "a1_sff"): 2, ("ada", "a3"): 1, ("ada", "a5"): 1}
+    assert without_effect(extensions, ["ada", "bob"], {"a1": True, "a1_sft": True, "a3": False}, ["a5"]) == [
+        "the gradebook has no student adda; did you mean ada?",
+        "there is no assignment a1_sff; did you mean a1_sft?",
+        "a3 has no due date in the gradebook: nobody is late, extension or not",
+    ]
 
 
 def test_points_that_come_later_are_counted_when_it_runs_again(course):

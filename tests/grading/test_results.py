@@ -104,7 +104,7 @@ def test_a_broken_report_counts_as_none(tmp_path):
 def test_the_verb_says_where_everything_is(course, capsys):
     assert main(["report", ASSIGNMENT, "--course", str(course)]) == 0
     said = capsys.readouterr().out
-    assert "11 pages" in said and "report.html" in said and "answers wait for a person" in said
+    assert "11 pages" in said and "report.html" in said and "answers that wait for a person: " in said
     assert main(["report", "a9", "--course", str(course)]) == 2
 
 
@@ -124,8 +124,38 @@ def test_submissions_that_are_newer_than_their_grade_are_named(tmp_path):
 def test_an_extension_for_nobody_is_named_with_the_nearest_student(tmp_path):
     course = make_class(tmp_path, 6)
     (course / "nbgrader_config.py").write_text("c = get_config()\nc.LateDays.percent_per_day = 10\n", encoding="utf-8")
-    (course / "extensions.csv").write_text(f"student,assignment,days\ns0001,{ASSIGNMENT},2\n", encoding="utf-8")
-    assert settle_penalties(course) == ["extensions.csv: the gradebook has no student s0001; did you mean s001?"]
+    (course / "extensions.csv").write_text(
+        f"student,assignment,days\ns0001,{ASSIGNMENT},2\ns001,a4_dop,2\ns001,a1_sft,2\n", encoding="utf-8"
+    )
+    assert settle_penalties(course) == [
+        "extensions.csv: the gradebook has no student s0001; did you mean s001?",
+        "extensions.csv: there is no assignment a4_dop; did you mean a4_dpo?",
+    ]
+
+
+def test_a_due_date_taken_away_takes_the_penalties_with_it(tmp_path):
+    course = make_class(tmp_path, 24)
+    (course / "nbgrader_config.py").write_text("c = get_config()\nc.LateDays.percent_per_day = 10\n", encoding="utf-8")
+    settle_penalties(course)
+    assert any(record.penalty for record in read_class(course, ASSIGNMENT).records)
+    with Gradebook(f"sqlite:///{course}/gradebook.db", "cs336_alignment") as gradebook:
+        gradebook.find_assignment(ASSIGNMENT).duedate = None
+        gradebook.db.commit()
+    settle_penalties(course)
+    assert not any(record.penalty for record in read_class(course, ASSIGNMENT).records)
+
+
+@pytest.mark.parametrize(
+    "line, message",
+    [("c.LateDays.percent_per_day = 'ten'", "nbgrader_config.py: .*percent_per_day"),
+     ("c.LateDays.percent_per_day = 1000", "nbgrader_config.py: .*percent_per_day"),
+     ("c.LateDays.percent_per_day = (", "nbgrader_config.py cannot be run: SyntaxError: .*line 2"),
+     ("c.LateDays.percent_per_day = ten", "nbgrader_config.py cannot be run: NameError: name 'ten'")],
+)  # fmt: skip
+def test_a_configuration_that_makes_no_sense_is_said_so(tmp_path, line, message):
+    (tmp_path / "nbgrader_config.py").write_text(f"c = get_config()\n{line}\n", encoding="utf-8")
+    with pytest.raises(ValueError, match=message):
+        settle_penalties(tmp_path)
 
 
 def test_points_by_hand_change_the_late_penalty_when_the_report_is_made(tmp_path):
