@@ -1,8 +1,10 @@
 """What lies in a course folder: submissions as they came in, and what `grade` left of each in `autograded/`."""
 
+import contextlib
 import json
 import re
 import stat
+from collections.abc import Iterator
 from datetime import UTC, datetime, timedelta, timezone, tzinfo
 from pathlib import Path
 
@@ -101,3 +103,20 @@ def well_formed(verdict) -> bool:
         return False
     parts = [verdict, *(verdict.get("cases") or [])]
     return all(isinstance(x, dict) and isinstance(x.get(k), int | float) for x in parts for k in ("points", "of"))
+
+
+@contextlib.contextmanager
+def only_one(root: Path) -> Iterator[None]:
+    """Two that write to one gradebook would undo each other. The lock goes with the process."""
+    path = root / ".course" / "grading.lock"
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with path.open("a") as file:
+        try:
+            import fcntl
+
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except ImportError:  # Windows
+            pass
+        except OSError:
+            raise ValueError(f"another `grade` is running in {root}: wait for it, or stop it") from None
+        yield

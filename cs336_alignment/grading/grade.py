@@ -6,7 +6,6 @@ submission whose report is there for what now lies in its folder is finished. So
 by Ctrl-C or for good, and goes on with what is not finished.
 """
 
-import contextlib
 import difflib
 import gc
 import hashlib
@@ -16,7 +15,7 @@ import queue
 import re
 import shutil
 import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
@@ -33,6 +32,7 @@ from cs336_alignment.grading.folders import (
     REPORT,
     autograded,
     is_graded,
+    only_one,
     read_report,
     read_timestamp,
     submissions,
@@ -308,20 +308,3 @@ def code_digest(exercise: str) -> str:
             modules = re.findall(r"^from cs336_alignment\.([\w.]+) import", found[name].decode(), re.MULTILINE)
             waiting += [module.replace(".", "/") for module in modules]
     return hashlib.sha256(b"".join(found[name] for name in sorted(found))).hexdigest()[:16]
-
-
-@contextlib.contextmanager
-def only_one(root: Path) -> Iterator[None]:
-    """Two that write to one gradebook would undo each other. The lock goes with the process."""
-    path = root / ".course" / "grading.lock"
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with path.open("a") as file:
-        try:
-            import fcntl
-
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except ImportError:  # Windows
-            pass
-        except OSError:
-            raise ValueError(f"another `grade` is running in {root}: wait for it, or stop it") from None
-        yield

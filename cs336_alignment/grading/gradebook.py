@@ -24,6 +24,7 @@ from traitlets import TraitError
 from traitlets.config import Config
 from traitlets.config.loader import PyFileConfigLoader
 
+from cs336_alignment.grading.folders import only_one
 from cs336_alignment.grading.late import LateDays, read_extensions
 from cs336_alignment.paths import course_root, in_course
 
@@ -84,8 +85,6 @@ def enrol(root: Path, students: Mapping[str, Person]) -> None:
 
     Raises: ValueError while a `grade` is running, which enters students too.
     """
-    from cs336_alignment.grading.grade import only_one  # which needs this file
-
     root.mkdir(parents=True, exist_ok=True)
     with only_one(root), open_gradebook(root) as book:
         known = {student.id: student for student in book.students}

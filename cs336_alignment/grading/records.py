@@ -24,6 +24,7 @@ from nbgrader.api import (
     TaskCell,
 )
 from sqlalchemy import create_engine, select
+from sqlalchemy.exc import DatabaseError
 from sqlalchemy.orm import Session
 
 from cs336_alignment.grading.exercise import Exercise, exercises
@@ -108,7 +109,8 @@ class Class:
 
 
 def read_class(root: Path, assignment: str) -> Class:
-    """Reads everything but the notebooks. Raises: ValueError for no gradebook, or no such assignment."""
+    """Reads everything but the notebooks. Raises: ValueError for a gradebook that is missing or broken, or does not have
+    the assignment."""
     database = root / "gradebook.db"
     if not database.is_file():
         raise ValueError(f"there is no {database}: nothing has been graded here yet")
@@ -116,6 +118,10 @@ def read_class(root: Path, assignment: str) -> Class:
     try:
         with Session(engine) as session:
             found = read_gradebook(session, root, assignment)
+    except DatabaseError as error:
+        raise ValueError(
+            f"{database} cannot be read as a gradebook ({error.orig}): put a sound copy in its place"
+        ) from None
     finally:
         engine.dispose()
     for record in found.submitted():

@@ -11,8 +11,7 @@ import os
 from dataclasses import dataclass
 from pathlib import Path
 
-from cs336_alignment.grading.folders import is_graded, submissions, unfinished
-from cs336_alignment.grading.grade import only_one
+from cs336_alignment.grading.folders import is_graded, only_one, submissions, unfinished
 from cs336_alignment.grading.gradebook import assignment_names, configuration, late_days, open_gradebook
 from cs336_alignment.grading.late import read_extensions, without_effect
 from cs336_alignment.grading.records import Cell, Class, Mark, Record, read_class

@@ -16,7 +16,7 @@ from rich.console import Console
 from cs336_alignment.cli import main
 from cs336_alignment.grading import unpack
 from cs336_alignment.grading.collect import collect, show
-from cs336_alignment.grading.grade import only_one
+from cs336_alignment.grading.folders import only_one
 from cs336_alignment.grading.gradebook import enrol
 from cs336_alignment.grading.lms import canonical, first_and_last, make_id, origins, read_metadata, read_roster
 from cs336_alignment.grading.results import settle_penalties

@@ -14,7 +14,7 @@ from courses import book, contents, graded, make_class, named, outputs, reports,
 from submissions import ASSIGNMENT, AUTOMATIC, hand_in, nbgrader, release, solved
 
 from cs336_alignment.grading import gradebook, judge, sandbox
-from cs336_alignment.grading.folders import read_report
+from cs336_alignment.grading.folders import only_one, read_report
 from cs336_alignment.grading.grade import code_digest, grade_assignment, summary
 from cs336_alignment.grading.sandbox import NoSandbox
 from cs336_alignment.paths import course_root
@@ -372,7 +372,7 @@ def test_nothing_handed_in_is_told(tmp_path):
 
 
 def test_two_batches_at_once_are_refused(course):
-    with grade.only_one(course), pytest.raises(ValueError, match="another `grade` is running"):
+    with only_one(course), pytest.raises(ValueError, match="another `grade` is running"):
         graded(course)
     graded(course)
 

@@ -85,6 +85,9 @@ def test_no_gradebook_and_an_unknown_assignment_are_said_so(tmp_path, course):
     with pytest.raises(ValueError, match="nothing has been graded"):
         write_grades(tmp_path, ASSIGNMENT)
     assert not (tmp_path / "gradebook.db").exists()
+    (tmp_path / "gradebook.db").write_bytes(b"no database" * 100)
+    with pytest.raises(ValueError, match="gradebook.db cannot be read as a gradebook"):
+        write_grades(tmp_path, ASSIGNMENT)
     with pytest.raises(ValueError, match="a9 is not in the gradebook; there are a4_dpo"):
         write_grades(course, "a9")
 
