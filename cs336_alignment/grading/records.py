@@ -109,7 +109,7 @@ class Class:
 
 
 def read_class(root: Path, assignment: str) -> Class:
-    """Reads everything but the notebooks. Raises: ValueError for a gradebook that is missing or broken, or does not have
+    """Reads everything but the notebooks. Raises: ValueError for a gradebook that is missing, broken, or does not have
     the assignment."""
     database = root / "gradebook.db"
     if not database.is_file():

@@ -110,10 +110,10 @@ class After:
     notes: list[str]  # sentences on what may not be meant
 
 
-def after_grading(root: Path, assignment: str, students: list[str] | None = None) -> After:
+def after_grading(root: Path, assignment: str) -> After:
     """Writes the list of grades, the feedback pages and the report on the class anew from what is graded.
 
-    students: whose pages are looked at; None is all. A page that would not change is left alone, so all is cheap.
+    A page that would not change is left alone, so that it is cheap.
     Late penalties are brought up to date first, since points given by hand count in them.
     Raises: ValueError where nothing has been graded.
     """
@@ -126,7 +126,7 @@ def after_grading(root: Path, assignment: str, students: list[str] | None = None
         names = ", ".join([shown(student) for student in new[:MOST_NAMES]] + ["..."] * (len(new) > MOST_NAMES))
         notes.append(f"{len(new)} not graded yet, or newer than their grade: {names}; say `grade`")
     grades = write_grades_of(found)
-    pages = write_feedback_of(found, students)
+    pages = write_feedback_of(found, notes)
     report, alike = write_class_report_of(found)
     waiting = sum(len(record.waiting(found.cells)) for record in found.records)
     return After(grades, report, pages, waiting, alike, notes)
