@@ -1,9 +1,11 @@
 """Course folders with submissions, and what grading made of them, for the tests of batches."""
 
 import os
+import signal
 import subprocess
 import sys
 import time
+from functools import partial
 from pathlib import Path
 
 import nbformat
@@ -95,10 +97,11 @@ def environment() -> dict[str, str]:
 
 
 def start_grading(root: Path, *arguments: str, **options) -> subprocess.Popen:
-    """`course.py grade`, as a process."""
+    """`course.py grade`, as a process that Ctrl-C reaches, also where the tests run in a shell's background."""
     command = [sys.executable, "-m", "cs336_alignment", "grade", ASSIGNMENT, "--course", str(root), *arguments]
     options = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True} | options
-    return subprocess.Popen(command, env=environment(), cwd=root, **options)
+    listen = partial(signal.signal, signal.SIGINT, signal.default_int_handler)
+    return subprocess.Popen(command, env=environment(), cwd=root, preexec_fn=listen, **options)
 
 
 def below(process: subprocess.Popen) -> list[psutil.Process]:

@@ -4,6 +4,7 @@ import json
 import os
 import subprocess
 import sys
+import tempfile
 from pathlib import Path
 
 import pytest
@@ -182,14 +183,14 @@ def test_the_environment_may_lie_below_tmp_and_have_a_name_with_spaces(tmp_path)
 
 @needs_bubblewrap
 @pytest.mark.skipif(os.geteuid() != 0, reason="the tests run as an ordinary user: all of them show it")
-def test_an_ordinary_user_can_grade(tmp_path):
+def test_an_ordinary_user_can_grade():
     readable = ["test", "-r", PACKAGE / "cli.py", "-a", "-x", os.path.realpath(sys.executable)]
     if subprocess.run(readable, user=NOBODY, group=NOBODY, extra_groups=[]).returncode:
         pytest.skip("Python or the checkout cannot be read by other users")
-    tmp_path.chmod(0o777)
-    for folder in list(tmp_path.parents)[:2]:
-        folder.chmod(0o755)
-    assert graded_by([sys.executable], tmp_path / "course", user=NOBODY, group=NOBODY, extra_groups=[]) == "80 of 80"
+    with tempfile.TemporaryDirectory() as folder:  # pytest's own folders are closed to others
+        Path(folder).chmod(0o755)
+        ordinary = {"user": NOBODY, "group": NOBODY, "extra_groups": []}
+        assert graded_by([sys.executable], Path(folder) / "course", **ordinary) == "80 of 80"
 
 
 def graded_by(python: list[str], root: Path, **options) -> str:
