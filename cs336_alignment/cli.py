@@ -353,7 +353,11 @@ def collect(
     result = collect_submissions(export, assignment, root, students, dry_run, zone)
     show(result, dry_run)
     if result.students and not dry_run:
-        enrol(root, result.students)  # so that who handed in nothing is in the lists too
+        try:
+            enrol(root, result.students)  # so that who handed in nothing is in the lists too
+        except ValueError as error:
+            typer.echo(f"The files are in place, but the class list is not in the gradebook: {error}", err=True)
+            raise typer.Exit(1) from None
         typer.echo(f"The gradebook has the {len(result.students)} students of the class list.")
     if not result.complete:
         raise typer.Exit(1)
@@ -453,7 +457,8 @@ def main(arguments: list[str] | None = None) -> int:
     try:
         code = app(arguments, prog_name="course.py", standalone_mode=False) or 0
         if code == 130:  # what typer makes of Ctrl-C
-            typer.echo("\nstopped; what was finished is kept, the same command goes on from there", err=True)
+            how = "the same command without --force" if "--force" in arguments else "the same command"
+            typer.echo(f"\nstopped; what was finished is kept, {how} goes on from there", err=True)
         return code
     except typer.Abort:  # Ctrl-C or the end of input at a question
         typer.echo("\nstopped", err=True)

@@ -213,8 +213,10 @@ def place(root: Path, assignment: str, student: str, data: bytes, when: datetime
             return done
         if when and before and before > when:
             return f"left alone: what is there is newer ({before:%Y-%m-%d %H:%M:%S} UTC)"
+        if not (when and before) and was_replaced(root, assignment, student, data):
+            return "left alone: what is there took its place before"
         kept = replaced_folder(root, assignment, student)
-        done = f"{done}; what was there is now in {kept.relative_to(root).as_posix()}"
+        done = f"{done}; what was there goes to {kept.relative_to(root).as_posix()}"
         if not dry_run:
             kept.parent.mkdir(parents=True, exist_ok=True)
             shutil.move(home, kept)
@@ -230,6 +232,12 @@ def replaced_folder(root: Path, assignment: str, student: str) -> Path:
     """A folder that is not there yet."""
     base = root / ".course" / "replaced" / assignment / student
     return next(path for i in range(1, 10_000) if not os.path.lexists(path := base / f"{i:03}"))
+
+
+def was_replaced(root: Path, assignment: str, student: str, data: bytes) -> bool:
+    """Whether a newer one took this notebook's place earlier: an older export has come again."""
+    old = (root / ".course" / "replaced" / assignment / student).glob(f"*/{assignment}.ipynb")
+    return any(path.is_file() and not path.is_symlink() and path.read_bytes() == data for path in old)
 
 
 def write(path: Path, data: bytes) -> None:

@@ -86,7 +86,7 @@ def read_report(root: Path, assignment: str, student: str) -> dict:
         return {}
     if not isinstance(report, dict):
         return {}
-    for key in ("findings", "crashes"):
+    for key in ("findings", "crashes", "changed"):
         report[key] = report[key] if isinstance(report.get(key), list) else []
     report["crashes"] = [crash for crash in report["crashes"] if isinstance(crash, dict)]
     if not isinstance(report.get("seconds"), int | float):

@@ -45,7 +45,7 @@ from cs336_alignment.grading.rescue import rescue
 from cs336_alignment.grading.rescue_files import files_beside, shown
 from cs336_alignment.grading.sandbox import LIMITS, Limits, Server, confinement
 from cs336_alignment.grading.score import Score
-from cs336_alignment.paths import PACKAGE, course_root
+from cs336_alignment.paths import PACKAGE, course_root, in_course
 
 
 @dataclass(frozen=True)
@@ -56,6 +56,7 @@ class Graded:
     notebook: NotebookNode
     report: dict  # what report.json holds
     only: Sequence[str] = ()  # exercises, if not all were graded now
+    again: list[str] = field(default_factory=list)  # cells whose points by hand were given for something else
 
     @property
     def points(self) -> float:
@@ -102,6 +103,7 @@ def grade_assignment(
         near = difflib.get_close_matches(missing[0], found, 1)
         guess = f"; did you mean {near[0]}?" if near else ""
         raise ValueError(f"there is no {root / 'submitted' / missing[0] / assignment}{guess}")
+    check_points(root, assignment)
     if not found:
         raise ValueError(
             f"there is nothing to grade: submissions belong in {root / 'submitted'}/STUDENT/{assignment}/ "
@@ -127,6 +129,20 @@ def grade_assignment(
         if todo:
             run_batch(root, assignment, todo, jobs or os.cpu_count() or 1, unsafe, limits, say, writer, batch)
     return batch
+
+
+def check_points(root: Path, assignment: str) -> None:
+    """Raises: ValueError where an exercise's file, its cases and its points cell are not worth the same."""
+    path = in_course(root, "assignments", assignment, f"{assignment}.ipynb")
+    cells = nbformat.read(path, as_version=4).cells
+    worth = {grade_id(cell): cell.metadata.nbgrader.get("points") for cell in cells if grade_id(cell)}
+    for exercise in exercises(assignment):
+        cases, cell = sum(case.points for case in exercise.cases), worth.get(exercise.name) or exercise.points
+        if not exercise.optional and not exercise.points == cases == cell:
+            raise ValueError(
+                f"{exercise.name} is worth {exercise.points:g} in its file, {cases:g} by its cases and {cell:g} in the "
+                'notebook: make them the same (see "Mend a hidden case" in book/instructors.md)'
+            )
 
 
 def run_batch(root, assignment, todo, jobs, unsafe, limits, say, writer, batch) -> None:
@@ -230,6 +246,8 @@ def line(graded: Graded) -> str:
     else:
         text += f", {graded.report['seconds']:.1f} s"
     notes = graded.report["findings"] + [f"{c['cell']}: {c['why']}" for c in graded.report["crashes"]]
+    if graded.again:
+        notes.append(f"look again at points given by hand, for another answer or score: {', '.join(graded.again)}")
     return text + "".join(f"\n    {plain(note)}" for note in notes)
 
 
@@ -257,6 +275,9 @@ def keep(root: Path, assignment: str, graded: Graded, writer: Writer) -> None:
     """
     folder = autograded(root, assignment, graded.student)
     report, notebook = merged(folder, graded) if graded.only else (graded.report, graded.notebook)
+    before = read_report(root, assignment, graded.student).get("changed", [])
+    changed = changed_answers(folder / f"{assignment}.ipynb", notebook)
+    report["changed"] = sorted({*before, *changed})
     graded.report.update(report)
     timestamp = read_timestamp(root / "submitted" / graded.student / assignment)
     part, old = unfinished(root, assignment, graded.student), folder.with_name(f".{assignment}.old")
@@ -271,11 +292,21 @@ def keep(root: Path, assignment: str, graded: Graded, writer: Writer) -> None:
         (part / "timestamp.txt").write_text(timestamp + "\n", encoding="utf-8")
     (folder / REPORT).unlink(missing_ok=True)
     points = {name: exercise["points"] for name, exercise in graded.report["exercises"].items()}
-    writer.write(graded.student, graded.notebook, points, timestamp, graded.only or None)
+    graded.again.extend(writer.write(graded.student, graded.notebook, points, timestamp, graded.only or None, changed))
     if folder.exists():
         folder.rename(old)
     part.rename(folder)
     shutil.rmtree(old, ignore_errors=True)
+
+
+def changed_answers(before: Path, notebook: NotebookNode) -> list[str]:
+    """Exercises and questions whose answer is another than in the notebook that was graded before."""
+    try:
+        old = {grade_id(cell): cell.source for cell in nbformat.read(before, as_version=4).cells}
+    except (OSError, ValueError, AttributeError):
+        return []
+    new = {grade_id(cell): cell.source for cell in notebook.cells if grade_id(cell)}
+    return [name.removeprefix("solution-") for name, source in new.items() if source != old.get(name, source)]
 
 
 def merged(folder: Path, graded: Graded) -> tuple[dict, NotebookNode]:

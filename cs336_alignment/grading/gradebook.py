@@ -177,12 +177,15 @@ class Writer:
 
     def write(
         self, student: str, notebook: NotebookNode, points: dict[str, float], timestamp: str | None,
-        only: Collection[str] | None = None,
-    ) -> None:  # fmt: skip
-        """Writes what a graded notebook earned.
+        only: Collection[str] | None = None, changed: Collection[str] = (),
+    ) -> list[str]:  # fmt: skip
+        """Writes what a graded notebook earned; returns cells whose points by hand were given for something else.
 
-        points: by exercise; points cells that are not in it get 0. only: the cells to write, if not all.
+        points: by exercise; points cells that are not in it get 0. only: the cells to write, if not all. changed:
+        those with another answer than when they were graded before. Points by hand stay. Where the answer or the
+        automatic points changed, a person has to look again. (nbgrader asks for that everywhere.)
         """
+        again = []
         try:
             submitted = self.submitted(student, timestamp)
             grades = {self.cells[grade.cell_id]: grade for grade in submitted.grades}
@@ -195,14 +198,19 @@ class Writer:
                     by_hand = cell.cell_type != "code" or utils.is_solution(cell)
                     score = utils.determine_grade(cell)[0] if by_hand else points.get(name, 0.0)
                     grade = grades[name]
+                    if grade.manual_score is None:
+                        grade.needs_manual_grade = score is None
+                    elif name in changed or grade.auto_score != score:
+                        grade.needs_manual_grade = True
+                        again.append(name)
                     grade.auto_score = score
-                    grade.needs_manual_grade = grade.manual_score is not None or score is None
                 if utils.is_solution(cell) and name in comments:
                     same = cell.metadata.nbgrader.get("checksum") == utils.compute_checksum(cell)
                     comments[name].auto_comment = "No response." if same else None
             self.book.db.commit()
             self.students.add(student)
             self.settle(student, notebook, submitted)
+            return again
         finally:
             self.book.db.rollback()  # of what was not committed: a full disk must not cost the next student
             self.book.db.expunge_all()  # so that a large class takes no more memory than a small one

@@ -83,8 +83,10 @@ class Record:
         return max(0.0, self.points(cells) - self.penalty)
 
     def waiting(self, cells: list[Cell]) -> list[str]:
-        """Cells that have no points yet: a person has to read them."""
-        return [c.name for c in cells if self.submitted and self.marks.get(c.name, Mark()).score is None]
+        """Cells that a person has to read: without points yet, or with points by hand for an older answer."""
+        changed = self.report.get("changed", [])
+        waits = {c.name: self.marks.get(c.name, Mark()) for c in cells if self.submitted}
+        return [name for name, m in waits.items() if m.score is None or (m.look_again and name in changed)]
 
 
 @dataclass

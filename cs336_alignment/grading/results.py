@@ -39,10 +39,10 @@ def write_grades_of(found: Class) -> Path:
 
 
 def row(record: Record, cells: list[Cell], maximum: float) -> list:
-    """A student's line; without a submission there is the name and nothing else."""
+    """A student's line; without a submission there are no points, and the last column says so."""
     who = [harmless(record.student), harmless(record.name)]
     if not record.submitted:
-        return who + [""] * (len(cells) + 8)
+        return [*who, *[""] * (len(cells) + 7), "nothing handed in"]
     marks = [record.marks.get(cell.name, Mark()) for cell in cells]
     return [
         *who,

@@ -422,6 +422,14 @@ def test_a_name_in_two():
     assert first_and_last(" ") == first_and_last("") == ("", "")
 
 
+def test_an_older_export_that_comes_again_does_not_undo_a_newer_one(tmp_path, root):
+    """Canvas states no times; what was replaced once stays replaced."""
+    old = zipped(tmp_path / "old.zip", {"ada_1_100_a4_dpo.ipynb": "first"})
+    collect(old, A, root)
+    collect(zipped(tmp_path / "new.zip", {"ada_1_200_a4_dpo-1.ipynb": "second"}), A, root)
+    assert "left alone" in collect(old, A, root).placed[0][2] and submitted(root) == {"ada": "second"}
+
+
 def test_an_assignment_that_is_not_there_is_said_so_and_nothing_is_written(tmp_path, root):
     for name in ("a4_dop", "../a4_dpo", ""):
         with pytest.raises(ValueError, match="there is no assignment .*; there are a1_sft, .*a4_dpo"):

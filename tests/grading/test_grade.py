@@ -16,6 +16,7 @@ from submissions import ASSIGNMENT, AUTOMATIC, hand_in, nbgrader, release, solve
 from cs336_alignment.grading import gradebook, judge, sandbox
 from cs336_alignment.grading.folders import only_one, read_report
 from cs336_alignment.grading.grade import code_digest, grade_assignment, summary
+from cs336_alignment.grading.records import read_class
 from cs336_alignment.grading.sandbox import NoSandbox
 from cs336_alignment.paths import course_root
 
@@ -180,7 +181,7 @@ def test_points_and_comments_by_hand_survive(course):
     graded(course, ["student01"])
     after = contents(course)["student01"]
     assert after["grades"]["written-likelihood"] == (None, 3.5, None, True)
-    assert after["grades"]["dpo_loss"][1] == 1.0 and after["grades"]["dpo_loss"][3]  # to be looked at again
+    assert after["grades"]["dpo_loss"][1] == 1.0 and not after["grades"]["dpo_loss"][3]  # nothing to look at again
     assert after["comments"] == before["comments"] and after["score"] == before["score"]
 
 
@@ -317,12 +318,49 @@ def test_other_cases_than_at_grading_are_told(course, monkeypatch):
 # ------------------------------------------------------------------------------------------- the assignment
 
 
-def test_an_assignment_whose_solutions_changed_is_updated(course):
+def test_an_assignment_whose_solutions_changed_is_updated(course, monkeypatch):
+    monkeypatch.setattr(grade, "check_points", lambda *_: None)
     released = changed_course(course, lambda cell: cell.metadata.nbgrader.update(points=20), "dpo_loss")
     graded(course, ["student00"])
     with book(course) as opened:
         assert opened.find_grade_cell("dpo_loss", ASSIGNMENT, ASSIGNMENT).max_score == 20
     assert released.is_file()
+
+
+def test_points_that_do_not_agree_are_refused_before_anything_is_graded(course):
+    changed_course(course, lambda cell: cell.metadata.nbgrader.update(points=20), "dpo_loss")
+    before = contents(course)
+    with pytest.raises(ValueError, match="dpo_loss is worth 15 in its file, 15 by its cases and 20 in the notebook"):
+        graded(course, force=True)
+    assert contents(course) == before
+
+
+def test_points_by_hand_wait_for_a_person_when_the_answer_is_another(course):
+    """An answer and a function: student02 hands in both anew, student00 the same as before."""
+    names = "written-likelihood", "dpo_loss"
+    with book(course) as opened:
+        for student in ("student00", "student02"):
+            for name in names:
+                grade_of = opened.find_grade(name, ASSIGNMENT, ASSIGNMENT, student)
+                grade_of.manual_score, grade_of.needs_manual_grade = 3.0, False
+        opened.db.commit()
+    shutil.rmtree(course / "submitted" / "student02")
+    hand_in(course, "student02", named(solved(), "another"))
+    batch, lines = graded(course, ["student00", "student02"])
+    assert {g.student: sorted(g.again) for g in batch.graded} == {"student00": [], "student02": sorted(names)}
+    assert sum("look again" in line for line in lines) == 1
+    waiting = {r.student: r.waiting(found.cells) for found in [read_class(course, ASSIGNMENT)] for r in found.records}
+    assert set(names) <= set(waiting["student02"]) and not set(names) & set(waiting["student00"])
+    graded(course, ["student02"])  # once more changes nothing
+    with book(course) as opened:
+        for name in names:
+            grade_of = opened.find_grade(name, ASSIGNMENT, ASSIGNMENT, "student02")
+            assert grade_of.manual_score == 3.0 and grade_of.needs_manual_grade
+            grade_of.needs_manual_grade = False  # as Formgrader does when points are saved
+        opened.db.commit()
+    graded(course, ["student02"])
+    found = read_class(course, ASSIGNMENT)
+    assert not set(names) & set(next(r for r in found.records if r.student == "student02").waiting(found.cells))
 
 
 def test_a_change_that_nbgrader_cannot_make_is_told(course):
