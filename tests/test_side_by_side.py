@@ -181,3 +181,11 @@ def test_without_a_network_the_message_says_what_is_missing(bench, monkeypatch, 
     monkeypatch.setattr(environments.subprocess, "run", fails)
     assert environments.make("trl", tmp_path) is None
     assert "nothing is compared with it: no route to host" in capsys.readouterr().out
+
+
+def test_the_page_is_what_its_numbers_make_and_tells_of_the_whole_update(bench):
+    results = FOLDER.parent / "results" / "side_by_side.json"
+    found = json.loads(results.read_text(encoding="utf-8"))
+    text = bench.table.markdown(found)
+    assert text == results.with_suffix(".md").read_text(encoding="utf-8")
+    assert f"{found['ppo_update']['largest_difference']:.1e} at most" in text

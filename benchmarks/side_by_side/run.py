@@ -183,6 +183,12 @@ def main() -> None:
             done = {"date": date.today().isoformat(), "code": code_hash(), "load": [before, load()], "rounds": runs}
             results["tasks"][name] = found | done
         keep()
+    if "ppo" in only:
+        print("ppo: a whole update")
+        command = [sys.executable, str(ROOT / "benchmarks" / "ppo_update.py")]
+        done = subprocess.run(command, check=True, capture_output=True, text=True)
+        results["ppo_update"] = json.loads(done.stdout)
+        keep()
     text = table.markdown(results)
     out.with_suffix(".md").write_text(text, encoding="utf-8")
     print(text)

@@ -185,6 +185,21 @@ def gates(tasks: dict) -> list[str]:
     return lines
 
 
+def whole_update(found: dict) -> str:
+    """A sentence on benchmarks/ppo_update.py's comparison."""
+    kinds = ", ".join(
+        f"{case['kl_estimator']} with {'whitened' if case['whiten_rewards'] else 'plain'} rewards "
+        f"{max(case['largest_differences'].values()):.1e}"
+        for case in found["cases"]
+    )
+    case, against = found["cases"][0], found["against"]["trl"]
+    return (
+        f"A whole PPO update by `train_ppo` ({case['responses']} ragged responses, {case['unfinished']} without EOS, "
+        f"{case['optimizer_steps']} optimizer steps in four epochs, float64) beside TRL {against}, whose side is kept "
+        f"with the tests: losses and weights differ by {found['largest_difference']:.1e} at most ({kinds})."
+    )
+
+
 def parameters(setting: dict) -> int:
     """Of the model, the embedding counted once."""
     d, wide = setting["hidden_size"], setting["intermediate_size"]
@@ -232,6 +247,8 @@ def markdown(results: dict) -> str:
             + "\n".join(ragged_rows(timed["ragged"], time))
         )
     parts += ["\n".join(verdicts(tasks, time)), "\n".join(gates(tasks))]
+    if "ppo_update" in results:
+        parts.append(whole_update(results["ppo_update"]))
     parts.append(
         "Import, CPU seconds (median): "
         + ", ".join(
